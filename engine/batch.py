@@ -1,0 +1,46 @@
+"""The records between scheduler, runner and engine: what one step computes and what came of it."""
+
+from dataclasses import dataclass, field
+
+from engine.request import Request, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """`num_scheduled_tokens` consecutive tokens of one request, from position `start` on.
+
+    The chunk ends in a sampled token exactly when it reaches the request's last known token.
+    """
+
+    request: Request
+    start: int
+    num_scheduled_tokens: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_scheduled_tokens
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == self.request.num_tokens
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """The chunks of one step, in row order, and who had to give up its blocks for them."""
+
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        return sum(chunk.num_scheduled_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The outcome of one chunk that samples. `error` set: this request failed (NaN logits, out of memory)."""
+
+    token_id: int = 0
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None

@@ -1,0 +1,103 @@
+"""Configuration of a model and of an engine: frozen records, validated where they are made."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engine.errors import ConfigError
+
+
+class Device(StrEnum):
+    """Where the weights and the KV cache live."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """Number format of weights, activations and KV cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021), half-split layout as in Hugging Face checkpoints.
+
+    `scaling` is None, "linear" (positions divided by `factor`) or "llama3" (wavelength-dependent
+    interpolation of Llama 3.1, which also reads the three last fields).
+    """
+
+    theta: float = 10_000.0
+    scaling: str | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of one decoder-only transformer, whatever file it was read from."""
+
+    architecture: str  # a name in engine.model.registry, e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None  # a token attends to itself and the `sliding_window - 1` before it
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache. `num_blocks` None: as many as `memory_bytes` (None: a device default) holds."""
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two, not {self.block_size}")
+        if self.num_blocks is not None and self.num_blocks < 2:
+            raise ConfigError(f"num_blocks must be at least 2 (one is the null block), not {self.num_blocks}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of one engine step."""
+
+    max_num_seqs: int = 256  # requests that may run at once
+    token_budget: int = 2048  # rows of one step: decode tokens and prefill chunks together
+    max_prefill_chunk: int | None = None  # longest chunk of one prompt in one step; None: the budget alone
+    max_model_len: int = 2048  # prompt and output tokens of one request
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "token_budget", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
+            raise ConfigError(f"max_prefill_chunk must be at least 1, not {self.max_prefill_chunk}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine needs beside the checkpoint itself."""
+
+    device: Device = Device.CPU
+    dtype: DType | None = None  # None: bfloat16 where the device computes in it, else float32
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    num_threads: int | None = None  # CPU threads; None: every core this process may run on

@@ -1,0 +1,147 @@
+"""A generation request: what the client asked for, and how far the engine has got with it."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from engine.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+GREEDY_EPSILON = 1e-5  # a temperature below this is greedy: 1/temperature would overflow float32 logits
+SEED_BITS = 63  # seeds travel as signed 64-bit integers
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in the words of the OpenAI API where it has one."""
+
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the context length
+    ABORT = "abort"  # the client went away
+    ERROR = "error"  # this request failed; the engine goes on
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"  # holds blocks
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Applied in this order (design: one order for every path):
+
+    logit bias, penalties, temperature, top-k, top-p, min-p; then Gumbel-max with counter-based noise.
+
+    Raises:
+        InvalidRequest: a value is out of range; `param` is the field's name.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: Mapping[int, float] = MappingProxyType({})
+    seed: int | None = None  # None: assigned at admission and reported
+    max_tokens: int = 16
+    min_tokens: int = 0  # end-of-sequence and stop tokens are masked before this many
+    stop: tuple[str, ...] = ()  # applied to text by engine.text, not by the engine's step
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k likeliest
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, param: str, accepted: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{param} must be {accepted}, not {getattr(self, param)!r}", param)
+
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            check(math.isfinite(getattr(self, name)), name, "a finite number")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100")
+        check(self.seed is None or 0 <= self.seed < 1 << SEED_BITS, "seed", f"between 0 and 2^{SEED_BITS} - 1")
+        check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        check(len(self.stop) <= MAX_STOP_STRINGS and all(self.stop), "stop", f"up to {MAX_STOP_STRINGS} texts, none empty")
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of one output position, from the raw logits (before bias, penalties, temperature)."""
+
+    logprob: float  # of the chosen token
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first, ties by id
+
+
+@dataclass(eq=False)
+class Request:
+    """One stream of tokens. Mutated by the scheduler and the engine only.
+
+    Token positions count from 0 through prompt and output together. `num_computed_tokens` is how many
+    of them have their KV in this request's blocks.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams  # its seed is never None here
+    choice_index: int = 0  # which of the `n` choices: part of the noise key
+    priority: int = 0  # lower runs first; equal ones first come, first served
+    arrival_s: float = 0.0  # time.monotonic()
+
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    output_counts: Counter[int] = field(default_factory=Counter)  # for presence and frequency penalties
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens at positions [start, stop) of prompt and output together."""
+        border = len(self.prompt_token_ids)
+        if stop <= border:
+            return self.prompt_token_ids[start:stop]
+        return self.prompt_token_ids[start:border] + self.output_token_ids[max(start - border, 0) : stop - border]
+
+    def append_output(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one engine step produced for one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()  # new since the last output
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, or empty
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it (the last of token_ids)
+    error: str | None = None  # with FinishReason.ERROR
+    num_cached_tokens: int = 0

@@ -1,0 +1,24 @@
+"""What an engine reports about itself, for health checks, metrics and autoscaling."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; counters count from the engine's start."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    num_blocks: int = 0  # usable blocks of the pool
+    num_blocks_in_use: int = 0  # held by requests; cached but idle blocks are free
+    num_steps: int = 0
+    step_time_s: float = 0.0  # moving average
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # of those, tokens found
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        return self.num_blocks_in_use / self.num_blocks if self.num_blocks else 0.0

@@ -1,0 +1,65 @@
+"""The seam between the HTTP handlers and the engine: what a handler hands over and what it gets back."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.request import RequestOutput, SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One HTTP request, validated, ready for admission. Text prompts are tokenized at admission, in a batch."""
+
+    request_id: str
+    prompts: tuple[str | tuple[int, ...], ...]  # text, or token ids; at least one
+    n: int  # choices for each prompt
+    sampling: SamplingParams  # its max_tokens holds only where `max_tokens` below does
+    max_tokens: int | None  # None: whatever the context still holds
+    add_special_tokens: bool  # False where a chat template has already written them
+    priority: int = 0
+
+
+class TokenStream(Protocol):
+    """The outputs of one choice, in order; iteration ends after the one with a `finish_reason`.
+
+    Outputs are coalesced while the reader is behind: one may carry many tokens.
+    """
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    def abort(self) -> None:
+        """Free the request in the engine. Returns at once; harmless when it has ended already."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What became of a GenerateCall: its prompts as ids, and a stream for each choice, prompt by prompt."""
+
+    prompt_token_ids: list[list[int]]
+    streams: list[TokenStream]  # streams[prompt_index * n + choice_index]
+    seed: int  # the client's, or the one assigned
+
+
+class Readiness(Protocol):
+    """What `/ready` reports."""
+
+    ready: bool
+    state: str  # "ready", "scaled_to_zero", or why not
+
+
+class Admitter(Protocol):
+    """Takes calls to the engine replicas.
+
+    `admit` raises InvalidRequest (the prompt does not fit, a token id is out of range, ...),
+    OverloadedError (429) or UnavailableError (503), both of serve_app.errors.
+    """
+
+    model_name: str
+    max_model_len: int
+    tokenizer: Tokenizer
+
+    async def admit(self, call: GenerateCall) -> Admitted: ...
+
+    async def readiness(self) -> Readiness: ...
