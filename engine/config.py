@@ -25,8 +25,9 @@ class DType(StrEnum):
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021), half-split layout as in Hugging Face checkpoints.
 
-    `scaling` is None, "linear" (positions divided by `factor`) or "llama3" (wavelength-dependent
-    interpolation of Llama 3.1, which also reads the three last fields).
+    `scaling` is None, "linear" (positions divided by `factor`), "llama3" (wavelength-dependent interpolation of
+    Llama 3.1, which also reads the three fields behind `factor`) or "factors" (each frequency divided by its
+    entry of `frequency_factors`, head_dim / 2 of them, as GGUF files store it).
     """
 
     theta: float = 10_000.0
@@ -35,13 +36,14 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    frequency_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of one decoder-only transformer, whatever file it was read from."""
 
-    architecture: str  # a name in engine.model.registry, e.g. "LlamaForCausalLM"
+    architecture: str  # a name in engine.loader.architectures, e.g. "LlamaForCausalLM"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -69,8 +71,8 @@ class CacheConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
-            raise ConfigError(f"block_size must be a power of two, not {self.block_size}")
+        if self.block_size < 2 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two from 2 on, not {self.block_size}")
         if self.num_blocks is not None and self.num_blocks < 2:
             raise ConfigError(f"num_blocks must be at least 2 (one is the null block), not {self.num_blocks}")
 

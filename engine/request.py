@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 
 from engine.errors import InvalidRequest
 
@@ -47,7 +46,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019)
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
-    logit_bias: Mapping[int, float] = MappingProxyType({})
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None  # None: assigned at admission and reported
     max_tokens: int = 16
     min_tokens: int = 0  # end-of-sequence and stop tokens are masked before this many

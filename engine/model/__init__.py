@@ -1,0 +1,1 @@
+"""The decoder: shapes and weights in, hidden states and logits out."""

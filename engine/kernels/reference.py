@@ -1,0 +1,115 @@
+"""Plain-torch operators of the decoder: the oracle of every kernel, and what runs on the CPU.
+
+All of them are row-invariant: a row's result has the same bits whatever rows stand beside it. Torch keeps that
+for elementwise functions and for reductions along the last dimension, with one trap: functions whose vector and
+scalar code round differently (`silu` and `sigmoid`; not `exp`), since which element falls into the scalar tail
+depends on the shape of the whole tensor. Such functions are spelled with `exp` here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+from engine.kernels.attention_plan import QUERY_TILE, AttentionPlan, SplitWork
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019); float32 inside, rounded once."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's silu(gate) · up (Shazeer 2020). gate_up [N, 2F] holds gate, then up; returns [N, F], rounded once."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / (1.0 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + D/2) of each head. x [N, heads, D]; cos and sin float32 [N, 1, D/2]; x's dtype returned."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write k, v [N, KVH, D] into slots of the caches [num_blocks, block_size, KVH, D]; slot = block · size + offset."""
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Causal attention of q [N, H, D] over the paged cache [num_blocks, block_size, KVH, D]; returns [N, H, D].
+
+    One reduction for decode, chunks and prefill: keys are cut into splits aligned to position 0, an online softmax
+    (Milakov & Gimelshein 2018) runs over them in ascending order in float32, and every product has the same shape
+    (a tile of query rows by a split of keys; only how many such products run side by side varies), so a row does not
+    depend on how its chunk was cut. Splits that a row cannot see leave its state unchanged, exactly.
+    Rows outside the plan (padding) are zero.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    out = torch.zeros_like(q)
+    for tiles in plan.groups:
+        # [T, QUERY_TILE, KVH, group, D] to products of QUERY_TILE * group rows for each key-value head
+        grouped = q[tiles.rows].view(-1, QUERY_TILE, num_kv_heads, group, head_dim).transpose(1, 2)
+        queries = grouped.reshape(-1, num_kv_heads, QUERY_TILE * group, head_dim).float().mul_(scale)
+        state = SoftmaxState.empty(queries)
+        for split in tiles.splits:
+            scores = _products(queries[split.tiles], _gather(k_cache, split).transpose(2, 3))
+            if split.hidden is not None:
+                scores.masked_fill_(split.hidden.repeat_interleave(group, dim=1)[:, None], float("-inf"))
+            state.merge(split.tiles, scores, _gather(v_cache, split))
+        attended = state.result().view(-1, num_kv_heads, QUERY_TILE, group, head_dim).transpose(1, 2)
+        out[tiles.rows[tiles.real]] = attended.reshape(-1, QUERY_TILE, num_heads, head_dim)[tiles.real].to(q.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class SoftmaxState:
+    """Running softmax of T tiles, float32: maximum and sum of exponentials [T, KVH, M, 1], values [T, KVH, M, D]."""
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    weighted: torch.Tensor
+
+    @classmethod
+    def empty(cls, queries: torch.Tensor) -> "SoftmaxState":
+        """The state before any key, for queries [T, KVH, M, D]."""
+        column = queries.new_zeros((*queries.shape[:-1], 1))
+        return cls(torch.full_like(column, float("-inf")), column, torch.zeros_like(queries))
+
+    def merge(self, tiles: slice, scores: torch.Tensor, values: torch.Tensor) -> None:
+        """Take one split of some tiles in: scores [A, KVH, M, S], -inf where hidden; values [A or 1, KVH, S, D]."""
+        maximum = torch.maximum(self.maximum[tiles], scores.amax(dim=-1, keepdim=True))
+        # A row that has seen no key yet (sliding window) is at -inf, and -inf - -inf would be NaN.
+        shift = maximum.clamp(min=torch.finfo(torch.float32).min)
+        weights = torch.exp(scores - shift)
+        decay = torch.exp(self.maximum[tiles] - shift)
+        self.total[tiles] = self.total[tiles] * decay + weights.sum(dim=-1, keepdim=True)
+        self.weighted[tiles] = self.weighted[tiles] * decay + _products(weights, values)
+        self.maximum[tiles] = maximum
+
+    def result(self) -> torch.Tensor:
+        """The attention of every row: [T, KVH, M, D]."""
+        return self.weighted / self.total
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [A, KVH, M, X] times b [A or 1, KVH, X, Y]: one product of the same shape for every tile and head."""
+    count, heads = a.shape[:2]
+    if b.shape[0] == count:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (count, heads))
+    # Tiles of one request share their keys; head by head, the shared operand needs no copy.
+    return torch.stack([torch.bmm(a[:, h], b[:, h].expand(count, -1, -1)) for h in range(heads)], dim=1)
+
+
+def _gather(cache: torch.Tensor, split: SplitWork) -> torch.Tensor:
+    """Keys or values of a split as float32 [A or 1, KVH, KV_SPLIT_TOKENS, D]."""
+    rows = cache.flatten(0, 1).index_select(0, split.slots.flatten()).unflatten(0, split.slots.shape)
+    shape = (rows.shape[0], rows.shape[2], rows.shape[1], rows.shape[3])
+    return rows.new_empty(shape, dtype=torch.float32).copy_(rows.transpose(1, 2))
