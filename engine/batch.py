@@ -27,10 +27,15 @@ class ScheduledChunk:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """The chunks of one step, in row order, and who had to give up its blocks for them."""
+    """The chunks of one step, in row order, who had to give up its blocks for them, and whom the cache cannot hold.
+
+    `exhausted` requests have grown past the whole pool: the scheduler has finished them with `FinishReason.LENGTH`,
+    and the engine tells their clients. A step of which only this is left has no chunks and is not run.
+    """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    exhausted: list[Request] = field(default_factory=list)
 
     @property
     def num_scheduled_tokens(self) -> int:

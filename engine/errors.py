@@ -14,11 +14,13 @@ class ConfigError(SlipstreamError):
 
 
 class InvalidRequest(SlipstreamError, ValueError):  # noqa: N818 - named for what the client sent
-    """A request that cannot be served. `param` names the offending field, in the words of the HTTP API."""
+    """A request that cannot be served. `param` names the offending field, in the words of the HTTP API; `code` is for
+    programs, where OpenAI has one ("context_length_exceeded", "unsupported_parameter", ...)."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, *, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class EngineDeadError(SlipstreamError):

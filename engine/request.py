@@ -1,9 +1,10 @@
 """A generation request: what the client asked for, and how far the engine has got with it."""
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from engine.errors import InvalidRequest
@@ -73,12 +74,17 @@ class SamplingParams:
         check(self.seed is None or 0 <= self.seed < 1 << SEED_BITS, "seed", f"between 0 and 2^{SEED_BITS} - 1")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
-        check(len(self.stop) <= MAX_STOP_STRINGS and all(self.stop), "stop", f"up to {MAX_STOP_STRINGS} texts, none empty")
+        stops = len(self.stop) <= MAX_STOP_STRINGS and all(self.stop)
+        check(stops, "stop", f"up to {MAX_STOP_STRINGS} texts, none empty")
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
+
+    def seeded(self) -> "SamplingParams":
+        """These parameters with a seed: their own, or a fresh random one."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(SEED_BITS))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.request import RequestOutput, SamplingParams
 from engine.tokenizer import Tokenizer
+
+from engine.request import RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True)

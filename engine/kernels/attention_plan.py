@@ -80,9 +80,7 @@ def plan_attention(
 
 def _pieces(chunk: ChunkRows, rows: int) -> list[ChunkRows]:
     return [
-        ChunkRows(
-            chunk.row_start + i, min(rows, chunk.num_rows - i), chunk.first_position + i, chunk.block_table
-        )
+        ChunkRows(chunk.row_start + i, min(rows, chunk.num_rows - i), chunk.first_position + i, chunk.block_table)
         for i in range(0, chunk.num_rows, rows)
     ]
 

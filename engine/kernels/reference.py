@@ -34,7 +34,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def store_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write k, v [N, KVH, D] into slots of the caches [num_blocks, block_size, KVH, D]; slot = block · size + offset."""
+    """Write k, v [N, KVH, D] into the caches [num_blocks, block_size, KVH, D]; slot = block · block_size + offset."""
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 

@@ -50,7 +50,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         if info is None:
             raise ModelError(f"{checkpoint.path}: tensor {name!r} is missing")
         if info.shape != shape:
-            raise ModelError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}, its config says {list(shape)}")
+            raise ModelError(
+                f"{info.file}: tensor {name!r} has shape {list(info.shape)}, its config says {list(shape)}"
+            )
 
 
 def load_decoder(

@@ -53,3 +53,8 @@ class ModelRunner:
         slots += [NULL_SLOT] * padding
         columns = torch.tensor([token_ids, positions, slots], device=device)
         return ModelInput(*columns.unbind(0), rows, torch.tensor(logit_rows, dtype=torch.int64, device=device))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed for want of memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

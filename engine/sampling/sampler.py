@@ -91,9 +91,7 @@ def _draw(row: torch.Tensor, request: Request) -> int:
     return int(ids[(values + gumbel_noise(ids, *key)).argmax()])
 
 
-def filter_tokens(
-    scaled: torch.Tensor, top_k: int, top_p: float, min_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def filter_tokens(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """What top-k, then top-p, then min-p keep of one row, likeliest first, ties by token id: values and ids.
 
     top-p keeps the shortest prefix whose probability, renormalised after top-k, reaches `top_p` (Holtzman et al.
@@ -117,9 +115,7 @@ def filter_tokens(
     return values[:kept], ids[:kept]
 
 
-def _count_kept(
-    scaled: torch.Tensor, values: torch.Tensor, limit: int, top_p: float, min_p: float
-) -> int | None:
+def _count_kept(scaled: torch.Tensor, values: torch.Tensor, limit: int, top_p: float, min_p: float) -> int | None:
     """How many of `values` (the likeliest tokens of the row, in order) are kept; None if they do not decide it."""
     vocab_size = scaled.shape[0]
     kept = min(limit, values.shape[0])

@@ -1,0 +1,22 @@
+"""What must be the same for two replicas to produce the same tokens."""
+
+import hashlib
+import platform
+
+import torch
+
+from engine.kernels.attention_plan import KV_SPLIT_TOKENS, QUERY_TILE
+from engine.model.linear import row_tile
+
+
+def fingerprint(checkpoint_fingerprint: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Identity of weights, number format, hardware and software: `fp_` and 16 hexadecimal digits.
+
+    On the CPU the instruction set and the number of threads count, since the library chooses its kernels by them.
+    """
+    if device.type == "cuda":
+        hardware = [torch.cuda.get_device_name(device), torch.version.cuda]
+    else:
+        hardware = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    parts = [checkpoint_fingerprint, dtype, torch.__version__, QUERY_TILE, KV_SPLIT_TOKENS, row_tile(device), *hardware]
+    return "fp_" + hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -1,0 +1,195 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+from engine.batch import SampledToken, ScheduledStep
+from engine.cache.block_manager import BlockManager
+from engine.cache.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest
+from engine.fingerprint import fingerprint
+from engine.loader.checkpoint import open_checkpoint
+from engine.model.kv_cache import KVCache
+from engine.model.weights import load_decoder
+from engine.request import FinishReason, Request, RequestOutput
+from engine.runner.device import prepare_device
+from engine.runner.memory import plan_num_blocks
+from engine.runner.model_runner import ModelRunner, is_out_of_memory
+from engine.sampling.sampler import Sampler
+from engine.scheduler.scheduler import Scheduler
+from engine.stats import EngineStats
+
+STEP_TIME_SMOOTHING = 0.1  # weight of the newest step in the moving average
+
+
+class LLMEngine:
+    """Not thread-safe: one thread adds, aborts and steps (see engine.async_engine)."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        sampler: Sampler,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        fingerprint: str,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.fingerprint = fingerprint
+        self._runner = runner
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._sampler = sampler
+        self._num_steps = 0
+        self._step_time_s = 0.0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    @classmethod
+    def from_path(
+        cls, path: Path, config: EngineConfig, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> "LLMEngine":
+        """Load a model from a directory or a GGUF file. `on_progress(tensors loaded, tensors in all)`.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            ConfigError: the configuration does not fit the model or the device.
+        """
+        checkpoint = open_checkpoint(path)
+        model = checkpoint.config
+        device, dtype = prepare_device(config)
+        max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
+        scheduling = replace(config.scheduler, max_model_len=max_model_len)
+        decoder = load_decoder(checkpoint, device, dtype, max_model_len, on_progress)
+        num_blocks = plan_num_blocks(model, config.cache, scheduling, dtype, device)
+        kv_cache = KVCache(model, num_blocks, config.cache.block_size, dtype, device)
+        sampler = Sampler(model.eos_token_ids)
+        blocks = BlockManager(BlockPool(num_blocks, config.cache.block_size, config.cache.enable_prefix_caching))
+        return cls(
+            ModelRunner(decoder, kv_cache, sampler),
+            Scheduler(scheduling, blocks),
+            blocks,
+            sampler,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            fingerprint=fingerprint(checkpoint.fingerprint, device, dtype),
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: its prompt is empty, too long or holds unknown tokens.
+        """
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the context length is {self.max_model_len} tokens, and the prompt has {len(prompt)}: "
+                "no room for an answer",
+                "prompt",
+            )
+        used = (*prompt, *request.sampling.logit_bias, *request.sampling.stop_token_ids)
+        if min(used) < 0 or max(used) >= self.vocab_size:
+            raise InvalidRequest(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
+        request.sampling = request.sampling.seeded()
+        self._scheduler.add(request)
+        self._num_prompt_tokens += len(prompt)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Free a request's blocks now. None if it has ended already."""
+        request = self._scheduler.abort(request_id)
+        return None if request is None else RequestOutput(request_id, finish_reason=FinishReason.ABORT)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, sample, commit. Returns what became of every request that the step moved on or ended."""
+        started = perf_counter()
+        step = self._scheduler.schedule()
+        outputs = [self._end(request, FinishReason.LENGTH) for request in step.exhausted]
+        if step.chunks:
+            outputs += self._run(step)
+        self._num_steps += 1
+        self._step_time_s += STEP_TIME_SMOOTHING * (perf_counter() - started - self._step_time_s)
+        return outputs
+
+    def _run(self, step: ScheduledStep) -> list[RequestOutput]:
+        sampling = [chunk.request for chunk in step.chunks if chunk.samples]
+        try:
+            tokens = self._runner.run(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "out of memory in this step: lower max_num_seqs or token_budget, or give the KV cache less"
+            return [self._end(chunk.request, FinishReason.ERROR, message) for chunk in step.chunks]
+        self._scheduler.commit(step)
+        return [self._advance(request, token) for request, token in zip(sampling, tokens, strict=True)]
+
+    def _advance(self, request: Request, sampled: SampledToken) -> RequestOutput:
+        if sampled.error is not None:
+            return self._end(request, FinishReason.ERROR, sampled.error)
+        request.append_output(sampled.token_id)
+        self._num_output_tokens += 1
+        reason = self._finish_reason(request)
+        if reason is not None:
+            self._scheduler.finish(request, reason)
+        return RequestOutput(
+            request.request_id,
+            token_ids=(sampled.token_id,),
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            finish_reason=reason,
+            stop_token_id=sampled.token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        sampling = request.sampling
+        count = len(request.output_token_ids)
+        if count > sampling.min_tokens and request.output_token_ids[-1] in self._sampler.stop_ids(sampling):
+            return FinishReason.STOP
+        if count >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
+        self._scheduler.finish(request, reason)
+        return RequestOutput(request.request_id, finish_reason=reason, error=error)
+
+    def generate(self, requests: Sequence[Request]) -> list[Request]:
+        """Run requests to their end, beside whatever else is queued; for tests, benchmarks and offline use."""
+        for request in requests:
+            self.add(request)
+        while any(request.finish_reason is None for request in requests):
+            self.step()
+        return list(requests)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queue, cache and counters."""
+        pool = self._blocks.pool
+        return EngineStats(
+            num_requests_running=self._scheduler.num_running,
+            num_requests_waiting=self._scheduler.num_waiting,
+            num_blocks=pool.num_usable_blocks,
+            num_blocks_in_use=pool.num_blocks_in_use,
+            num_steps=self._num_steps,
+            step_time_s=self._step_time_s,
+            num_preemptions=self._scheduler.num_preemptions,
+            prefix_cache_queries=self._blocks.prefix_cache_queries,
+            prefix_cache_hits=self._blocks.prefix_cache_hits,
+            prompt_tokens=self._num_prompt_tokens,
+            output_tokens=self._num_output_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that every block is accounted for; cheap enough to run whenever the engine is idle."""
+        self._scheduler.check_integrity()

@@ -1,0 +1,51 @@
+"""How many KV blocks a device has room for."""
+
+import psutil
+import torch
+
+from engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from engine.errors import ConfigError
+from engine.model.kv_cache import kv_bytes_per_block
+
+CPU_DEFAULT_BYTES = 1 << 30
+CPU_FRACTION = 0.5  # of the memory available: the rest is for the process, its workspace and its neighbours
+CUDA_FRACTION = 0.9  # of the memory free once the weights are loaded, less the workspace below
+
+
+def plan_num_blocks(
+    model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Blocks of the KV pool, the null block included.
+
+    Raises:
+        ConfigError: not even one request of the longest length would fit; says which settings to change.
+    """
+    per_block = kv_bytes_per_block(model, cache.block_size, dtype)
+    if cache.num_blocks is not None:
+        num_blocks = cache.num_blocks
+    else:
+        budget = cache.memory_bytes if cache.memory_bytes is not None else _default_bytes(model, scheduler, device)
+        # More than this no set of running requests can use.
+        longest = scheduler.max_num_seqs * -(-scheduler.max_model_len // cache.block_size) + 1
+        num_blocks = min(budget // per_block, longest)
+    needed = -(-scheduler.max_model_len // cache.block_size) + 1
+    if num_blocks < needed:
+        raise ConfigError(
+            f"the KV cache holds {max(num_blocks - 1, 0) * cache.block_size} tokens, fewer than max_model_len "
+            f"{scheduler.max_model_len}: lower max_model_len, or give the cache {needed * per_block / 2**30:.2f} GiB"
+        )
+    return num_blocks
+
+
+def _default_bytes(model: ModelConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
+    if device.type == "cpu":
+        return min(CPU_DEFAULT_BYTES, int(psutil.virtual_memory().available * CPU_FRACTION))
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, int((free - _workspace_bytes(model, scheduler)) * CUDA_FRACTION))
+
+
+def _workspace_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """A generous bound on what one step allocates beside weights and KV: activations and logits in float32."""
+    activations = scheduler.token_budget * (4 * model.hidden_size + 6 * model.intermediate_size) * 4
+    logits = scheduler.max_num_seqs * model.vocab_size * 4 * 4
+    return activations + logits + (256 << 20)

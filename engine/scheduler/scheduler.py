@@ -1,0 +1,257 @@
+"""Continuous batching: what each engine step computes, under a token budget and a pool of blocks."""
+
+from engine.batch import ScheduledChunk, ScheduledStep
+from engine.cache.block_manager import BlockManager
+from engine.config import SchedulerConfig
+from engine.errors import InvalidRequest
+from engine.request import FinishReason, Request, RequestStatus
+from engine.scheduler.ranking import Ranked, RankedRequests, virtual_arrival_s
+
+
+class Scheduler:
+    """Decides which tokens the next step computes. Used by one thread: schedule, run, commit, append, finish, repeat.
+
+    **Order.** All requests stand in one strict order that never changes (`ranking`): priority, aged by waiting, then
+    first come. Admission goes down this order without overtaking, and the victim of preemption is always the last of
+    it. A preempted request so returns ahead of all that came after it.
+
+    **Progress.** The first of the running requests is never preempted, because a victim stands behind the request in
+    need of its block, or is that request. It gets a row in every step or finishes, so it ends in a bounded number of
+    steps, and then the next is first. Two large requests therefore cannot preempt each other in turn. The first of
+    the waiting ones is admitted at the latest when nobody runs.
+
+    **Rows.** No more requests run than a step has rows: every decoding request gets its row in every step, and the
+    first prefill gets at least one, so neither waits for the other.
+
+    **Blocks.** Admission takes blocks for all tokens that the request has, so only decoding ones ever need more. It
+    leaves a free block for each running request and the new one: nobody outgrows that within `block_size` steps, so
+    an admission is not paid for with a preemption at once. Somebody who would run alone is admitted regardless.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: BlockManager) -> None:
+        self._config = config
+        self._cache = cache
+        self._max_running = min(config.max_num_seqs, config.token_budget)
+        self._max_chunk = min(config.max_prefill_chunk or config.token_budget, config.token_budget)
+        self._entries: dict[str, Ranked] = {}
+        self._waiting = RankedRequests()
+        self._running = RankedRequests()
+        self._num_added = 0
+        self.num_preemptions = 0  # since the start
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """Requests that hold blocks, the most urgent first."""
+        return tuple(entry.request for entry in self._running)
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests in the order in which they will be admitted."""
+        return tuple(entry.request for entry in self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._entries)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            InvalidRequest: its prompt cannot fit, however empty the engine is, or its id is in use.
+        """
+        assert request.status is RequestStatus.WAITING, f"request {request.request_id} is {request.status}"
+        if request.request_id in self._entries:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
+        assert request.num_tokens > 0, f"request {request.request_id} has no tokens"
+        for limit, what in (
+            (self._config.max_model_len, "the context length"),
+            (self._cache.capacity_tokens, "the KV cache"),
+        ):
+            if request.num_tokens + 1 > limit:
+                raise InvalidRequest(
+                    f"the prompt has {request.num_tokens} tokens, but {what} holds {limit}, of which one is for output",
+                    "prompt",
+                )
+        arrival_s = virtual_arrival_s(request.arrival_s, request.priority, self._config.priority_aging_s)
+        entry = Ranked(arrival_s, self._num_added, request)
+        self._num_added += 1
+        self._entries[request.request_id] = entry
+        self._waiting.add(entry)
+
+    def schedule(self) -> ScheduledStep:
+        """Choose the next step: a row for each decoding request, then chunks of running prefills, then new requests.
+
+        The blocks that the chunks write to are in the requests' block tables when it returns. A step may be
+        scheduled again if it was not run: nothing counts as computed before `commit`.
+        """
+        step = ScheduledStep()
+        prefills = self._schedule_decodes(step)
+        budget = self._config.token_budget - len(step.chunks)
+        assert budget >= (1 if prefills else 0), "more requests run than a step has rows"
+        for request in prefills:
+            budget = self._schedule_prefill(step, request, budget)
+        # Blocks are short after a preemption, and whoever gave them up is ahead of most that wait.
+        if not step.preempted:
+            self._admit(step, budget)
+        assert step.chunks or step.exhausted or not self.has_work, "work is pending and nothing is scheduled"
+        return step
+
+    def commit(self, step: ScheduledStep) -> None:
+        """Count the chunks of a step that has run as computed, and let the cache share the blocks they filled.
+
+        Call it before or after appending the sampled tokens (the chunks' own tokens were known before), but before
+        the next `schedule`. Requests that finished since they were scheduled are passed over: nothing of theirs is
+        cached.
+        """
+        block_size = self._cache.block_size
+        for chunk in step.chunks:
+            request = chunk.request
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            stop = chunk.start + chunk.num_scheduled_tokens
+            assert request.num_computed_tokens == chunk.start, f"request {request.request_id} is committed out of turn"
+            request.num_computed_tokens = stop
+            if stop // block_size != chunk.start // block_size:
+                self._cache.commit(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request at any time, also between `schedule` and `commit`, and free its blocks.
+
+        After an error the request's blocks are not shared any more, since what is in them may be wrong. Does nothing
+        if the request has finished already.
+        """
+        if request.status is RequestStatus.FINISHED:
+            return
+        entry = self._entries.pop(request.request_id)
+        assert entry.request is request, f"two requests have the id {request.request_id}"
+        (self._running if request.status is RequestStatus.RUNNING else self._waiting).remove(entry)
+        if reason is FinishReason.ERROR:
+            self._cache.distrust(request)
+        self._take_blocks(request)
+        self._cache.forget(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+    def abort(self, request_id: str) -> Request | None:
+        """Finish a waiting or running request because nobody wants it any more; None if there is none of this id."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return None
+        self.finish(entry.request, FinishReason.ABORT)
+        return entry.request
+
+    def check_integrity(self) -> None:
+        """Assert that queues, statuses, block tables and pool agree; takes time linear in blocks and tokens.
+
+        Raises:
+            AssertionError: naming the request or the block that is wrong.
+        """
+        assert len(self._running) <= self._max_running, f"{len(self._running)} run, {self._max_running} may"
+        queued = {id(entry) for queue in (self._running, self._waiting) for entry in queue}
+        assert queued == {id(entry) for entry in self._entries.values()}, (
+            "a request is known but in no queue, or vice versa"
+        )
+        assert len(self._running) + len(self._waiting) == len(self._entries), "a request is in two queues"
+        for queue, status in ((self._running, RequestStatus.RUNNING), (self._waiting, RequestStatus.WAITING)):
+            assert list(queue) == sorted(queue), f"the {status} requests are out of order"
+            for entry in queue:
+                request = entry.request
+                name = request.request_id
+                assert request.status is status, f"request {name} is {request.status} among the {status}"
+                assert bool(request.block_table) == (status is RequestStatus.RUNNING), (
+                    f"{status} request {name} and blocks"
+                )
+                assert request.num_computed_tokens <= request.num_tokens, f"request {name} computed unknown tokens"
+                assert request.block_table or not request.num_computed_tokens, f"request {name} computed without blocks"
+        self._cache.check_integrity([entry.request for entry in self._entries.values()])
+
+    def _schedule_decodes(self, step: ScheduledStep) -> list[Request]:
+        """Give each running request with one token to go a row and a slot; returns the others, which prefill."""
+        running, block_size = self._running, self._cache.block_size
+        prefills = []
+        index = 0
+        while index < len(running):
+            request = running[index].request
+            num_tokens = request.num_tokens
+            pending = num_tokens - request.num_computed_tokens
+            if pending != 1:
+                assert pending > 1, f"request {request.request_id} is scheduled before its next token is known"
+                prefills.append(request)
+            elif num_tokens > len(request.block_table) * block_size and not self._make_room(step, running[index]):
+                continue  # it has left `running`, so the next one stands at this index
+            else:
+                step.chunks.append(ScheduledChunk(request, num_tokens - 1, 1))
+            index += 1
+        return prefills
+
+    def _make_room(self, step: ScheduledStep, entry: Ranked) -> bool:
+        """Find a running request its next block, preempting from the end; False if it had to leave itself.
+
+        Victims stand behind the request, and requests are visited in order, so no victim is in the step yet.
+        """
+        request = entry.request
+        if request.num_tokens > self._cache.capacity_tokens:
+            self._exhaust(step, request)
+            return False
+        while not self._cache.grow(request, request.num_tokens):
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is entry:
+                return False
+        return True
+
+    def _preempt(self, step: ScheduledStep, entry: Ranked) -> None:
+        """Send a running request back to wait, without its blocks. Their cached contents survive until needed."""
+        request = entry.request
+        self._running.remove(entry)
+        self._take_blocks(request)
+        request.status = RequestStatus.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.add(entry)
+        step.preempted.append(request)
+
+    def _take_blocks(self, request: Request) -> None:
+        self._cache.free(request)
+        request.num_computed_tokens = 0
+
+    def _exhaust(self, step: ScheduledStep, request: Request) -> None:
+        """End a request that the pool cannot hold even alone, rather than wait for ever."""
+        self.finish(request, FinishReason.LENGTH)
+        step.exhausted.append(request)
+
+    def _schedule_prefill(self, step: ScheduledStep, request: Request, budget: int) -> int:
+        """Schedule as much of a running request's prompt as fits; returns what is left of the budget."""
+        start = request.num_computed_tokens
+        num_scheduled_tokens = min(request.num_tokens - start, self._max_chunk, budget)
+        if num_scheduled_tokens > 0:
+            step.chunks.append(ScheduledChunk(request, start, num_scheduled_tokens))
+        return budget - num_scheduled_tokens
+
+    def _admit(self, step: ScheduledStep, budget: int) -> None:
+        """Start waiting requests in order while there are rows, seats and blocks. Nobody overtakes one that waits."""
+        while self._waiting and budget > 0 and len(self._running) < self._max_running:
+            entry = self._waiting[0]
+            request = entry.request
+            if request.num_tokens > self._cache.capacity_tokens:  # it was preempted with its last token just sampled
+                self._exhaust(step, request)
+                continue
+            num_reserved_blocks = len(self._running) + 1 if self._running else 0
+            num_cached_tokens = self._cache.admit(request, num_reserved_blocks)
+            if num_cached_tokens is None:
+                return
+            if request.num_preemptions == 0:
+                request.num_cached_tokens = num_cached_tokens
+            request.num_computed_tokens = num_cached_tokens
+            request.status = RequestStatus.RUNNING
+            self._waiting.remove(entry)
+            self._running.add(entry)
+            budget = self._schedule_prefill(step, request, budget)

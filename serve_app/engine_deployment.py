@@ -1,0 +1,137 @@
+"""The engine replica: one process, one engine; a thread that steps and an event loop that talks."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
+
+from engine.async_engine import AsyncEngine
+from ray import serve
+
+from engine.errors import EngineDeadError, SlipstreamError
+from engine.stats import EngineStats
+from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.messages import (
+    HEARTBEAT_S,
+    EngineStatus,
+    Opening,
+    Refusal,
+    decode_control,
+    decode_submission,
+    encode,
+)
+
+logger = logging.getLogger("ray.serve")
+
+STOP_TIMEOUT_S = 10.0  # for the step under way
+
+
+class Engine:
+    """A Serve deployment. Its calls carry messages of serve_app.messages; `replica_id` is for the router.
+
+    `load` makes the engine, in the replica: constructing it may take as long as the weights take to read.
+    """
+
+    def __init__(self, load: Callable[[], AsyncEngine]) -> None:
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._groups: dict[str, GroupStream] = {}
+        self._num_requests = 0
+        self._outbox: Outbox | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        try:
+            self._engine = load()
+        except SlipstreamError as error:
+            raise RuntimeError(f"slipstream: {error}") from None  # one line in Serve's status
+        self._engine.start()
+
+    async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
+        """Runs a group. Closing the call aborts every member that is still running."""
+        if replica_id not in (None, self._replica_id):
+            yield encode(Refusal(f"replica {self._replica_id} was sent a group for {replica_id}", misrouted=True))
+            return
+        message = decode_submission(submission)
+        requests = requests_of(message)
+        group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
+        self._groups[message.group_id] = group
+        try:
+            try:
+                self._engine.submit(requests, partial(self._ready_outbox().post, group))
+            except SlipstreamError as error:
+                yield encode(Refusal(str(error)))
+                return
+            engine = self._engine
+            yield encode(Opening(self._replica_id, message.attempt, engine.fingerprint, engine.max_model_len))
+            async for frame in group.frames():
+                yield frame
+        finally:
+            del self._groups[message.group_id]
+            self._abort(group.unfinished_ids)
+
+    async def control(self, message: bytes, replica_id: str | None = None) -> None:
+        """Credit and aborts for groups of this replica; those of groups that have ended are void."""
+        if replica_id not in (None, self._replica_id):
+            return
+        control = decode_control(message)
+        for group_id, sequence in control.acknowledged.items():
+            if group := self._groups.get(group_id):
+                group.acknowledge(sequence)
+        for group_id, members in control.aborted.items():
+            if group := self._groups.get(group_id):
+                self._abort([group.request_ids[member] for member in members])
+
+    async def status(self) -> bytes:
+        """An EngineStatus. Raises EngineDeadError when the engine is not healthy."""
+        self._engine.check_health()
+        stats = self._engine.stats()
+        num_requests = stats.num_requests_running + stats.num_requests_waiting
+        return encode(
+            EngineStatus(self._replica_id, self._engine.fingerprint, self._engine.max_model_len, num_requests)
+        )
+
+    async def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica after repeated failures of this."""
+        self._engine.check_health()
+
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids:
+            with suppress(EngineDeadError):  # nothing of it runs any more
+                self._engine.abort(request_ids)
+
+    def _ready_outbox(self) -> Outbox:
+        """Made by the first call: the constructor may run on another thread than the calls."""
+        if self._outbox is None:
+            self._outbox = Outbox(asyncio.get_running_loop())
+            self._ticker = asyncio.create_task(self._tick())
+        return self._outbox
+
+    async def _tick(self) -> None:
+        """Heartbeats of all groups. A dead engine sends none: it ends every group with an error instead."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                self._engine.check_health()
+            except EngineDeadError as error:
+                for group in self._groups.values():
+                    self._abort(group.unfinished_ids)  # should the engine only have been slow
+                    group.fail(str(error))
+                continue
+            stats = self._engine.stats()
+            self._num_requests = stats.num_requests_running + stats.num_requests_waiting
+            for group in self._groups.values():
+                group.tick()
+
+    async def __del__(self) -> None:
+        """Serve awaits this once the calls have ended, or when the time for draining is over."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ticker
+        for group in self._groups.values():
+            group.fail("the engine replica is shutting down")
+        engine = getattr(self, "_engine", None)  # the constructor may have failed
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown, STOP_TIMEOUT_S)

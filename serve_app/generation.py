@@ -1,0 +1,189 @@
+"""From the token streams of one HTTP request to text: stop strings, counting, aborting what is not needed."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from engine.text import TextStream
+from engine.tokenizer import Tokenizer
+from starlette.types import Receive
+
+from engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from serve_app.admission import Admitted, Admitter, GenerateCall, TokenStream
+from serve_app.disconnect import until_disconnect
+from serve_app.errors import GenerationError
+
+
+@dataclass(frozen=True)
+class ChoiceDelta:
+    """What came of one choice since its last delta (or, joined, all of it)."""
+
+    index: int
+    text: str  # visible: neither a stop string nor a stop token
+    token_ids: tuple[int, ...]  # all that count, up to and including the one that ended the choice
+    logprobs: tuple[TokenLogprobs, ...]  # one for each of token_ids, or none at all
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Usage:
+    """Token counts of one HTTP request. A prompt counts once, however many choices continue it."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, found in the prefix cache
+
+    def body(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """One admitted call. Whoever holds it calls `abort` when it is done with it, whatever happened."""
+
+    def __init__(self, admitted: Admitted, call: GenerateCall, tokenizer: Tokenizer) -> None:
+        assert len(admitted.streams) == len(admitted.prompt_token_ids) * call.n
+        self.prompt_token_ids = admitted.prompt_token_ids
+        self.seed = admitted.seed
+        self.usage = Usage(sum(len(ids) for ids in admitted.prompt_token_ids))
+        self._n = call.n
+        self._streams = admitted.streams
+        self._choices = [_Choice(index, call.sampling, tokenizer) for index in range(len(admitted.streams))]
+        self._running = set(range(len(admitted.streams)))
+        self._cached_tokens = [0] * len(admitted.prompt_token_ids)
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """The deltas of all choices in the order in which they arrive.
+
+        Raises:
+            GenerationError: a choice failed; its siblings are aborted.
+        """
+        try:
+            async with aclosing(_merged(self._streams)) as outputs:
+                async for index, output in outputs:
+                    if index not in self._running:
+                        continue  # what came after a stop string
+                    yield self._delta(index, output)
+                    if not self._running:
+                        return
+            raise GenerationError("the engine ended a stream before it was finished")
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Free every choice that has not ended. Returns at once, and may be called again."""
+        while self._running:
+            self._streams[self._running.pop()].abort()
+
+    def _delta(self, index: int, output: RequestOutput) -> ChoiceDelta:
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise GenerationError(output.error or "the engine aborted the request")
+        delta = self._choices[index].delta(output)
+        if delta.finish_reason is not None:
+            self._running.discard(index)
+            if output.finish_reason is None:  # a stop string matched, of which the engine knows nothing
+                self._streams[index].abort()
+        self.usage.completion_tokens += len(delta.token_ids)
+        if index % self._n == 0:  # the prompt's other choices also find what the first has just computed
+            prompt_index = index // self._n
+            self._cached_tokens[prompt_index] = max(self._cached_tokens[prompt_index], output.num_cached_tokens)
+            self.usage.cached_tokens = sum(self._cached_tokens)
+        return delta
+
+
+class _Choice:
+    """The text of one choice."""
+
+    def __init__(self, index: int, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+        self._index = index
+        self._text = TextStream(tokenizer.detokenizer(), sampling.stop, sampling.min_tokens)
+
+    def delta(self, output: RequestOutput) -> ChoiceDelta:
+        token_ids, finish_reason = output.token_ids, output.finish_reason
+        # The token that ended the choice counts, but is not part of the text.
+        pushed = self._text.push(token_ids if output.stop_token_id is None else token_ids[:-1])
+        text = pushed.text
+        if pushed.stop is not None:
+            token_ids, finish_reason = token_ids[: pushed.num_tokens_used], FinishReason.STOP
+        elif finish_reason is not None:
+            text += self._text.finish()
+        return ChoiceDelta(self._index, text, token_ids, output.logprobs[: len(token_ids)], finish_reason)
+
+
+async def start(receive: Receive, admitter: Admitter, call: GenerateCall) -> Generation:
+    """Admit `call`. When the client leaves meanwhile, whatever is admitted after that is aborted.
+
+    Raises:
+        InvalidRequest, OverloadedError, UnavailableError: as `Admitter.admit`.
+        starlette.requests.ClientDisconnect: the client left.
+    """
+    # An admission is shared with other requests: it is left alone, and what comes of it is given back.
+    admission = asyncio.ensure_future(admitter.admit(call))
+    try:
+        admitted = await until_disconnect(receive, asyncio.shield(admission))
+    except BaseException:
+        _orphans.add(admission)
+        admission.add_done_callback(_abort_orphan)
+        raise
+    return Generation(admitted, call, admitter.tokenizer)
+
+
+_orphans: set[asyncio.Future[Admitted]] = set()  # the event loop itself keeps no strong reference
+
+
+def _abort_orphan(admission: asyncio.Future[Admitted]) -> None:
+    _orphans.discard(admission)
+    if not admission.cancelled() and admission.exception() is None:
+        for stream in admission.result().streams:
+            stream.abort()
+
+
+def joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    """All of one choice as a single delta."""
+    return ChoiceDelta(
+        index,
+        "".join(delta.text for delta in deltas),
+        tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
+        deltas[-1].finish_reason,
+    )
+
+
+async def _merged(streams: list[TokenStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs of all streams with the stream's index, in the order in which they arrive."""
+    if len(streams) == 1:  # the usual case needs neither task nor queue
+        async for output in streams[0]:
+            yield 0, output
+        return
+
+    # Bounded, so that a stream whose reader is slow coalesces its outputs instead of queueing them here.
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int, stream: AsyncIterator[RequestOutput]) -> None:
+        try:
+            async for output in stream:
+                await queue.put((index, output))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    pumps = [asyncio.ensure_future(pump(index, aiter(stream))) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(pumps)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,140 @@
+"""The engine's side of a group: outputs of its members become frames, as fast as the reader takes them."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from engine.request import FinishReason, Request, RequestOutput
+from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, encode, to_wire
+from serve_app.output_buffer import OutputBuffer
+
+LEASE_S = 30.0  # a reader that acknowledges nothing for so long is gone: its ingress was killed
+
+
+def requests_of(submission: Submission) -> list[Request]:
+    """The engine's requests of a group; a request's place in the list is its member index."""
+    now_s = time.monotonic()
+    return [
+        Request(
+            request_id=request_id,
+            prompt_token_ids=prompt.token_ids,
+            sampling=prompt.sampling,
+            choice_index=choice_index,
+            priority=prompt.priority,
+            arrival_s=now_s,
+        )
+        for prompt in submission.prompts
+        for request_id, choice_index in prompt.choices
+    ]
+
+
+class GroupStream:
+    """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread."""
+
+    def __init__(self, request_ids: Iterable[str], num_requests: Callable[[], int]) -> None:
+        self.request_ids = list(request_ids)
+        self._member_of = {request_id: member for member, request_id in enumerate(self.request_ids)}
+        self._buffers = [OutputBuffer() for _ in self.request_ids]
+        self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
+        self._unfinished = set(range(len(self.request_ids)))
+        self._num_requests = num_requests
+        self._wake = asyncio.Event()
+        self._sequence = 0
+        self._acknowledged = 0
+        self._acknowledged_s = time.monotonic()
+        self._heartbeat_due = False
+        self._silent = True  # no frame since the last tick
+
+    @property
+    def unfinished_ids(self) -> list[str]:
+        return [self.request_ids[member] for member in sorted(self._unfinished)]
+
+    def add(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            member = self._member_of[output.request_id]
+            if member not in self._unfinished:  # ended by `fail` while the engine was not looking
+                continue
+            self._buffers[member].add(output)
+            self._dirty[member] = None
+            if output.finish_reason is not None:
+                self._unfinished.discard(member)
+        self._wake.set()
+
+    def fail(self, reason: str) -> None:
+        """Ends every member that is still running with an error."""
+        self.add(
+            RequestOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=reason)
+            for request_id in self.unfinished_ids
+        )
+
+    def acknowledge(self, sequence: int) -> None:
+        self._acknowledged = max(self._acknowledged, sequence)
+        self._acknowledged_s = time.monotonic()
+        self._wake.set()
+
+    def tick(self) -> None:
+        """Called every HEARTBEAT_S; the first tick in which nothing was sent makes a heartbeat due."""
+        self._heartbeat_due = self._silent
+        self._silent = True
+        self._wake.set()
+
+    def _has_credit(self) -> bool:
+        return self._sequence - self._acknowledged < FRAME_WINDOW
+
+    def _lease_expired(self) -> bool:
+        return self._sequence > self._acknowledged and time.monotonic() - self._acknowledged_s > LEASE_S
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Ends once every member's last output has been sent, or when the reader has been silent for LEASE_S."""
+        while self._unfinished or self._dirty:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._lease_expired():
+                return
+            if self._dirty and self._has_credit():
+                yield self._token_frame()
+            elif self._heartbeat_due:
+                self._sequence += 1
+                self._sent()
+                yield encode(Heartbeat(self._sequence, self._num_requests()))
+
+    def _token_frame(self) -> bytes:
+        outputs = []
+        for member in self._dirty:
+            output = self._buffers[member].take()
+            assert output is not None
+            outputs.append(to_wire(member, output))
+        self._dirty.clear()
+        self._sequence += 1
+        self._sent()
+        return encode(TokenFrame(self._sequence, self._num_requests(), outputs))
+
+    def _sent(self) -> None:
+        self._silent = self._heartbeat_due = False
+
+
+class Outbox:
+    """Carries outputs from the engine thread to the event loop with one wake-up for all groups of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._posted: deque[tuple[GroupStream, list[RequestOutput]]] = deque()
+        self._scheduled = False
+
+    def post(self, group: GroupStream, outputs: list[RequestOutput]) -> None:
+        """Engine thread. Never blocks."""
+        self._posted.append((group, outputs))
+        if self._scheduled:  # `deliver` has yet to run, and will see the outputs
+            return
+        self._scheduled = True
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # the loop is closed: the process is going down, and nobody reads any more
+            self._posted.clear()
+
+    def _deliver(self) -> None:
+        self._scheduled = False  # before the draining: what is posted from now on wakes the loop again
+        while self._posted:
+            group, outputs = self._posted.popleft()
+            group.add(outputs)
