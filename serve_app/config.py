@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError
+from engine.loader.catalogue import DEFAULT_MODEL
 
-DEFAULT_MODEL = "smollm2-135m"
 _BYTES_PER_GB = 10**9
 # Calls that Serve lets a replica run beyond those that our own limits allow: acknowledgements, aborts and health
 # questions are calls too, and the bound that turns clients away is `max_queued_requests`, not Serve's.
@@ -113,8 +113,14 @@ class AppConfig(BaseModel):
         return self.max_model_len or limit
 
     def engine_config(self, model: ModelConfig) -> EngineConfig:
-        """The engine's own record. `device` must have been resolved (not auto)."""
+        """The engine's own record. `device` must have been resolved (not auto).
+
+        Raises:
+            ConfigError: a setting does not go with the model or the device.
+        """
         assert self.device != "auto"
+        if self.num_threads is not None and self.device != "cpu":
+            raise ConfigError("num_threads is for device=cpu: on a GPU it would do nothing")
         return EngineConfig(
             device=Device(self.device),
             dtype=None if self.dtype == "auto" else DType(self.dtype),

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from serve_app.background import spawn
 from serve_app.messages import Control, encode
-from serve_app.request_router import ReplicaGoneError
+from serve_app.replica_registry import ReplicaGoneError
 
 logger = logging.getLogger("ray.serve")
 

@@ -29,7 +29,7 @@ from serve_app.messages import (
     encode,
     from_wire,
 )
-from serve_app.request_router import ReplicaGoneError, running_replicas
+from serve_app.replica_registry import ReplicaGoneError, running_replicas
 from serve_app.token_stream import RequestStream
 
 logger = logging.getLogger("ray.serve")
@@ -104,6 +104,7 @@ class EngineClient:
         self._own: Counter[str] = Counter()  # unfinished requests of ours, by replica
         self._loads: dict[str, _Load] = {}
         self.last_heard_s = -float("inf")  # time.monotonic() of the last frame of any replica
+        self.fingerprint = ""  # of the replica that last opened a group
         self._housekeeping = spawn(self._keep_house())
 
     def running_replicas(self) -> tuple[str, ...]:
@@ -234,6 +235,7 @@ class EngineClient:
 
     def _on_opening(self, group: Group, opening: Opening) -> None:
         self._place(group, opening.replica_id)
+        self.fingerprint = opening.fingerprint
         group.is_open = True
         if not group.opened.done():
             group.opened.set_result(opening)

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 
-from engine.async_engine import AsyncEngine
 from ray import serve
 
+from engine.async_engine import AsyncEngine
 from engine.errors import EngineDeadError, SlipstreamError
+from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
 from serve_app.group_stream import GroupStream, Outbox, requests_of
 from serve_app.messages import (
@@ -33,16 +34,19 @@ class Engine:
     `load` makes the engine, in the replica: constructing it may take as long as the weights take to read.
     """
 
-    def __init__(self, load: Callable[[], AsyncEngine]) -> None:
+    def __init__(self, load: Callable[[], LLMEngine]) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._num_requests = 0
         self._outbox: Outbox | None = None
         self._ticker: asyncio.Task[None] | None = None
         try:
-            self._engine = load()
+            engine = load()
         except SlipstreamError as error:
             raise RuntimeError(f"slipstream: {error}") from None  # one line in Serve's status
+        self._fingerprint = engine.fingerprint
+        self._max_model_len = engine.max_model_len
+        self._engine = AsyncEngine(engine)
         self._engine.start()
 
     async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
@@ -60,8 +64,7 @@ class Engine:
             except SlipstreamError as error:
                 yield encode(Refusal(str(error)))
                 return
-            engine = self._engine
-            yield encode(Opening(self._replica_id, message.attempt, engine.fingerprint, engine.max_model_len))
+            yield encode(Opening(self._replica_id, message.attempt, self._fingerprint, self._max_model_len))
             async for frame in group.frames():
                 yield frame
         finally:
@@ -80,16 +83,14 @@ class Engine:
             if group := self._groups.get(group_id):
                 self._abort([group.request_ids[member] for member in members])
 
-    async def status(self) -> bytes:
+    async def status(self, replica_id: str | None = None) -> bytes:  # noqa: ARG002 - for the router
         """An EngineStatus. Raises EngineDeadError when the engine is not healthy."""
         self._engine.check_health()
         stats = self._engine.stats()
         num_requests = stats.num_requests_running + stats.num_requests_waiting
-        return encode(
-            EngineStatus(self._replica_id, self._engine.fingerprint, self._engine.max_model_len, num_requests)
-        )
+        return encode(EngineStatus(self._replica_id, self._fingerprint, self._max_model_len, num_requests))
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, replica_id: str | None = None) -> EngineStats:  # noqa: ARG002 - for the router
         return self._engine.stats()
 
     async def check_health(self) -> None:
@@ -98,8 +99,7 @@ class Engine:
 
     def _abort(self, request_ids: list[str]) -> None:
         if request_ids:
-            with suppress(EngineDeadError):  # nothing of it runs any more
-                self._engine.abort(request_ids)
+            self._engine.abort(request_ids)
 
     def _ready_outbox(self) -> Outbox:
         """Made by the first call: the constructor may run on another thread than the calls."""
@@ -134,4 +134,5 @@ class Engine:
             group.fail("the engine replica is shutting down")
         engine = getattr(self, "_engine", None)  # the constructor may have failed
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown, STOP_TIMEOUT_S)
+            with suppress(TimeoutError):  # a step that never ends: Serve kills the process
+                await asyncio.to_thread(engine.shutdown, STOP_TIMEOUT_S)

@@ -68,10 +68,11 @@ class Generation:
                 async for index, output in outputs:
                     if index not in self._running:
                         continue  # what came after a stop string
+                    if output is None:
+                        raise GenerationError("the engine ended a stream before it was finished")
                     yield self._delta(index, output)
                     if not self._running:
                         return
-            raise GenerationError("the engine ended a stream before it was finished")
         finally:
             self.abort()
 
@@ -154,35 +155,32 @@ def joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceDelta:
     )
 
 
-async def _merged(streams: list[TokenStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """The outputs of all streams with the stream's index, in the order in which they arrive."""
+async def _merged(streams: list[TokenStream]) -> AsyncGenerator[tuple[int, RequestOutput | None], None]:
+    """The outputs of all streams with the stream's index, in the order in which they arrive; None: it has ended."""
     if len(streams) == 1:  # the usual case needs neither task nor queue
         async for output in streams[0]:
             yield 0, output
+        yield 0, None
         return
 
     # Bounded, so that a stream whose reader is slow coalesces its outputs instead of queueing them here.
-    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(maxsize=len(streams))
+    queue: asyncio.Queue[tuple[int, RequestOutput | None] | Exception] = asyncio.Queue(maxsize=len(streams))
 
     async def pump(index: int, stream: AsyncIterator[RequestOutput]) -> None:
         try:
             async for output in stream:
                 await queue.put((index, output))
-            await queue.put(None)
+            await queue.put((index, None))
         except Exception as error:
             await queue.put(error)
 
     pumps = [asyncio.ensure_future(pump(index, aiter(stream))) for index, stream in enumerate(streams)]
     try:
-        num_open = len(pumps)
-        while num_open:
+        while True:  # until the reader has had enough
             item = await queue.get()
             if isinstance(item, Exception):
                 raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
+            yield item
     finally:
         for task in pumps:
             task.cancel()

@@ -25,7 +25,7 @@ def build_http_app(
     *,
     version: str,
     defaults: SamplingDefaults | Callable[[], SamplingDefaults] = NoDefaults,
-    system_fingerprint: str | Callable[[], str] | None = None,
+    system_fingerprint: str | Callable[[], str | None] | None = None,
 ) -> Starlette:
     """The application. What is given as a function is called for each request, so that a replica may build the
     application before it has a model.
@@ -64,4 +64,4 @@ def build_http_app(
 def _getter(admitter: Admitter | Callable[[], Admitter]) -> Callable[[], Admitter]:
     if hasattr(admitter, "admit"):
         return lambda: cast(Admitter, admitter)
-    return cast(Callable[[], Admitter], admitter)
+    return admitter

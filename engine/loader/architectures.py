@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engine.errors import ModelError
+from engine.loader.messages import shown
 
 
 class SlidingWindowRule(Enum):
@@ -82,7 +83,7 @@ def find_architecture(name: str, file: Path, field: str) -> Architecture:
         ModelError: it is not known; names `file`, `field` and those known.
     """
     if name not in KNOWN_ARCHITECTURES:
-        raise ModelError(f"{file}: {field}: {name!r} is not known; known are {', '.join(KNOWN_ARCHITECTURES)}")
+        raise ModelError(f"{file}: {field}: {shown(name)} is not known; known are {', '.join(KNOWN_ARCHITECTURES)}")
     return KNOWN_ARCHITECTURES[name]
 
 
@@ -94,5 +95,5 @@ def find_gguf_architecture(name: str, file: Path, field: str) -> Architecture:
     """
     by_gguf_name = {entry.gguf_name: entry for entry in KNOWN_ARCHITECTURES.values() if entry.gguf_name is not None}
     if name not in by_gguf_name:
-        raise ModelError(f"{file}: {field}: {name!r} is not known; known are {', '.join(by_gguf_name)}")
+        raise ModelError(f"{file}: {field}: {shown(name)} is not known; known are {', '.join(by_gguf_name)}")
     return by_gguf_name[name]

@@ -8,7 +8,7 @@ from engine.loader.architectures import Architecture, find_gguf_architecture
 from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.gguf_metadata import GGUFMetadata
 from engine.loader.gguf_tensors import GGUFHeader
-from engine.loader.hf_config import (
+from engine.loader.limits import (
     MAX_HEADS,
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -17,6 +17,7 @@ from engine.loader.hf_config import (
     MAX_WIDTH,
     check_heads,
 )
+from engine.loader.messages import shown
 
 _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
@@ -150,7 +151,7 @@ def _rope(keys: _Keys, head_dim: int, frequency_factors: tuple[float, ...] | Non
     theta = keys.optional_number("rope.freq_base", maximum=MAX_ROPE_THETA) or RopeConfig.theta
     kind = keys.optional_string("rope.scaling.type")
     if kind not in (None, "none", "linear"):
-        raise keys.fail("rope.scaling.type", f"{kind!r} is not supported; supported are none, linear")
+        raise keys.fail("rope.scaling.type", f"{shown(kind)} is not supported; supported are none, linear")
     factor = keys.optional_number("rope.scaling.factor", maximum=1e6) if kind == "linear" else None
     if kind is None:  # the key of older files
         factor = keys.optional_number("rope.scale_linear", maximum=1e6)

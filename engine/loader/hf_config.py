@@ -6,14 +6,16 @@ from engine.config import ModelConfig, RopeConfig
 from engine.loader.architectures import Architecture, SlidingWindowRule, find_architecture
 from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.json_fields import JsonFields, read_json_object
-
-# Far above any model in use: a hostile config must not make a loop or a table of 10**18 entries.
-MAX_VOCAB_SIZE = 1 << 24
-MAX_WIDTH = 1 << 20
-MAX_LAYERS = 1024
-MAX_HEADS = 4096
-MAX_POSITIONS = 1 << 30
-MAX_ROPE_THETA = 1e15
+from engine.loader.limits import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_ROPE_THETA,
+    MAX_VOCAB_SIZE,
+    MAX_WIDTH,
+    check_heads,
+)
+from engine.loader.messages import shown
 
 _NO_SCALING = ("default", "none")
 _KNOWN_SCALINGS = (*_NO_SCALING, "linear", "llama3")
@@ -78,15 +80,6 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
     )
 
 
-def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[str, str] | None:
-    """What is inconsistent, as (which of "num_kv_heads" and "head_dim", the problem); None: nothing."""
-    if num_heads % num_kv_heads:
-        return "num_kv_heads", f"{num_kv_heads} key-value heads do not divide the {num_heads} attention heads"
-    if head_dim % 2:
-        return "head_dim", f"is {head_dim}; rotary position embedding needs an even number"
-    return None
-
-
 def _architecture(fields: JsonFields) -> Architecture:
     names = fields.optional_strings("architectures")
     if not names:
@@ -97,14 +90,14 @@ def _architecture(fields: JsonFields) -> Architecture:
 def _refuse_unsupported(fields: JsonFields) -> None:
     activation = fields.optional_string("hidden_act")
     if activation not in (None, "silu", "swish"):  # two names of one function
-        raise fields.fail("hidden_act", f"{activation!r} is not supported; supported is 'silu'")
+        raise fields.fail("hidden_act", f"{shown(activation)} is not supported; supported is 'silu'")
     for name in ("attention_bias", "mlp_bias"):
         if fields.boolean(name, default=False):
             raise fields.fail(name, "true is not supported")
     quantization = fields.optional_object("quantization_config")
     if quantization is not None:
         method = quantization.optional_string("quant_method") or "unnamed"
-        raise fields.fail("quantization_config", f"quantised weights ({method}) are not supported; use the original")
+        raise fields.fail("quantization_config", f"weights quantised with {shown(method)} are not supported")
 
 
 def _heads(fields: JsonFields, architecture: Architecture, hidden_size: int) -> tuple[int, int, int]:
@@ -163,12 +156,12 @@ def _rope(fields: JsonFields, max_positions: int) -> RopeConfig:
     if source is None:
         return RopeConfig(theta=outer_theta)
     if source.object_names():
-        raise source.fail(source.object_names()[0], "a rotary embedding that differs among layers is not supported")
+        raise fields.fail("rope_parameters", "a rotary embedding that differs among layers is not supported")
     theta = source.optional_number("rope_theta", maximum=MAX_ROPE_THETA) or outer_theta
     key = "rope_type" if "rope_type" in source else "type"
     kind = source.optional_string(key) or "default"
     if kind not in _KNOWN_SCALINGS:
-        raise source.fail(key, f"{kind!r} is not supported; supported are {', '.join(_KNOWN_SCALINGS)}")
+        raise source.fail(key, f"{shown(kind)} is not supported; supported are {', '.join(_KNOWN_SCALINGS)}")
     if kind in _NO_SCALING:
         return RopeConfig(theta=theta)
     factor = source.number("factor", maximum=1e6)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import orjson
 
 from engine.errors import ModelError
+from engine.loader.messages import shown
 
 _T = TypeVar("_T")
 
@@ -38,8 +39,7 @@ class JsonFields:
         return ModelError(f"{self.file}: {self._prefix}{name}: {problem}")
 
     def _unexpected(self, name: str, wanted: str) -> ModelError:
-        shown = repr(self._values[name])
-        return self.fail(name, f"must be {wanted}, not {shown if len(shown) <= 60 else shown[:57] + '...'}")
+        return self.fail(name, f"must be {wanted}, not {shown(self._values[name])}")
 
     def optional_integer(self, name: str, *, minimum: int = 1, maximum: int) -> int | None:
         value = self._values.get(name)
@@ -87,8 +87,9 @@ class JsonFields:
             raise self._unexpected(name, "an object")
         return JsonFields(self.file, value, f"{self._prefix}{name}.")
 
-    def names(self) -> list[str]:
-        return list(self._values)
+    def members(self) -> list[tuple[str, Any]]:
+        """Every member as it is: for objects whose names are data."""
+        return list(self._values.items())
 
     def object_names(self) -> list[str]:
         """The members that are objects themselves."""

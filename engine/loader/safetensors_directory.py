@@ -1,5 +1,6 @@
 """A checkpoint in Hugging Face's layout: config.json beside one or many safetensors files."""
 
+import re
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +12,13 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import ModelError
 from engine.loader.hf_config import read_generation_defaults, read_model_config
 from engine.loader.json_fields import read_json_object
+from engine.loader.messages import shown
 from engine.loader.safetensors_header import SafetensorsHeader, read_safetensors_header
 from engine.loader.tensor_info import PLAIN_DTYPES, StoredTensor, weights_digest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
 class SafetensorsDirectory:
@@ -73,7 +76,7 @@ def _collect_tensors(directory: Path) -> tuple[list[SafetensorsHeader], dict[str
     for header in headers:
         for name, info in header.tensors.items():
             if name in tensors:
-                raise ModelError(f"{info.file}: tensor {name[:200]!r}: is also in {tensors[name].file.name}")
+                raise ModelError(f"{info.file}: tensor {shown(name)}: is also in {tensors[name].file.name}")
             tensors[name] = info
     return headers, tensors
 
@@ -93,29 +96,29 @@ def _from_index(directory: Path, index: Path) -> tuple[list[SafetensorsHeader], 
     if weight_map is None:
         raise ModelError(f"{index}: weight_map: is missing")
     names_by_file: dict[str, set[str]] = {}
-    for name in weight_map.names():
-        names_by_file.setdefault(_file_name(index, name, weight_map.optional_string(name)), set()).add(name)
+    for name, value in weight_map.members():
+        names_by_file.setdefault(_file_name(index, name, value), set()).add(name)
     headers: list[SafetensorsHeader] = []
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(names_by_file):
         file = directory / file_name
         if not file.exists():
-            raise ModelError(f"{index}: weight_map: {file_name!r} does not exist")
+            raise ModelError(f"{index}: weight_map: {shown(file_name)} does not exist")
         header = read_safetensors_header(file)
         headers.append(header)
         tensors.update({name: info for name, info in header.tensors.items() if name in names_by_file[file_name]})
         absent = names_by_file[file_name].difference(header.all_names)
         if absent:
-            raise ModelError(f"{file}: tensor {min(absent)[:200]!r}: is missing, though {INDEX_NAME} says it is here")
+            raise ModelError(f"{file}: tensor {shown(min(absent))}: is missing, though {INDEX_NAME} says it is here")
     if not headers:
         raise ModelError(f"{index}: weight_map: is empty")
     return headers, tensors
 
 
-def _file_name(index: Path, tensor: str, value: str | None) -> str:
+def _file_name(index: Path, tensor: str, value: Any) -> str:
     """A plain file name: an index must not reach outside its directory."""
-    plain = value is not None and value.isprintable() and value.endswith(".safetensors") and len(value) < 256
-    if value is None or not plain or "/" in value or "\\" in value:
-        shown = repr(value)[:80]
-        raise ModelError(f"{index}: weight_map.{tensor[:200]}: must be the name of a safetensors file, not {shown}")
+    if not isinstance(value, str) or _PLAIN_NAME.fullmatch(value) is None:
+        raise ModelError(
+            f"{index}: weight_map: {shown(tensor)} must be in a safetensors file beside it, not in {shown(value)}"
+        )
     return value

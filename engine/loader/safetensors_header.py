@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import orjson
 
 from engine.errors import ModelError
+from engine.loader.messages import shown
 from engine.loader.tensor_info import StoredTensor
 
 # An entry takes about 120 bytes, so this is room for 140,000 tensors; a shard of the largest models has under 5,000.
@@ -95,13 +96,13 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
 
 def _read_entry(file: Path, name: str, entry: Any, data_start: int, file_bytes: int) -> StoredTensor:
     def fail(field: str, problem: str) -> ModelError:
-        return ModelError(f"{file}: tensor {name[:200]!r}: {field}: {problem}")
+        return ModelError(f"{file}: tensor {shown(name)}: {field}: {problem}")
 
     if not isinstance(entry, dict):
         raise fail("entry", "must be an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise fail("dtype", f"{str(dtype)[:60]!r} is not known; known are {', '.join(_ITEM_BYTES)}")
+        raise fail("dtype", f"{shown(dtype)} is not known; known are {', '.join(_ITEM_BYTES)}")
     if not _is_integers(shape, _MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
         raise fail("shape", f"must be a list of at most {MAX_DIMENSIONS} sizes")
     if not _is_integers(offsets, 1 << 62) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -111,7 +112,7 @@ def _read_entry(file: Path, name: str, entry: Any, data_start: int, file_bytes: 
         raise fail("data_offsets", f"end {data_start + end - file_bytes} bytes past the end of the file")
     wanted_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != wanted_bytes:
-        raise fail("data_offsets", f"span {end - begin} bytes; shape {shape} of {dtype} takes {wanted_bytes}")
+        raise fail("data_offsets", f"span {end - begin} bytes; shape {shown(shape)} of {dtype} takes {wanted_bytes}")
     return StoredTensor(tuple(shape), _WEIGHT_DTYPES.get(dtype, dtype), file, data_start + begin, wanted_bytes)
 
 
@@ -127,7 +128,7 @@ def _check_contiguous(file: Path, ordered: list[tuple[str, StoredTensor]], data_
     for name, info in ordered:
         if info.offset_bytes != position:
             problem = "overlap another tensor" if info.offset_bytes < position else "leave a gap before this tensor"
-            raise ModelError(f"{file}: tensor {name[:200]!r}: data_offsets: {problem}")
+            raise ModelError(f"{file}: tensor {shown(name)}: data_offsets: {problem}")
         position = info.end_bytes
     if position != file_bytes:
         raise ModelError(f"{file}: header: {file_bytes - position} bytes at the end of the file belong to no tensor")
@@ -138,5 +139,5 @@ def _is_usable(name: str, info: StoredTensor) -> bool:
         return True
     if name.endswith((".weight", ".bias")):
         accepted = ", ".join(_WEIGHT_DTYPES)
-        raise ModelError(f"{info.file}: tensor {name[:200]!r}: dtype: {info.dtype} is not supported; use {accepted}")
+        raise ModelError(f"{info.file}: tensor {shown(name)}: dtype: {info.dtype} is not supported; use {accepted}")
     return False

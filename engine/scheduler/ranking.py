@@ -46,5 +46,6 @@ class RankedRequests:
 
     def remove(self, entry: Ranked) -> None:
         index = bisect_left(self._entries, entry)
-        assert self._entries[index] is entry, f"request {entry.request.request_id} is not in this order"
+        is_here = index < len(self._entries) and self._entries[index] is entry
+        assert is_here, f"request {entry.request.request_id} is not in this order"
         del self._entries[index]

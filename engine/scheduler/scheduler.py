@@ -198,8 +198,9 @@ class Scheduler:
         Victims stand behind the request, and requests are visited in order, so no victim is in the step yet.
         """
         request = entry.request
-        if request.num_tokens > self._cache.capacity_tokens:
-            self._exhaust(step, request)
+        if request.num_tokens > self._cache.capacity_tokens:  # it ends, rather than wait for ever
+            self.finish(request, FinishReason.LENGTH)
+            step.exhausted.append(request)
             return False
         while not self._cache.grow(request, request.num_tokens):
             victim = self._running[-1]
@@ -223,11 +224,6 @@ class Scheduler:
         self._cache.free(request)
         request.num_computed_tokens = 0
 
-    def _exhaust(self, step: ScheduledStep, request: Request) -> None:
-        """End a request that the pool cannot hold even alone, rather than wait for ever."""
-        self.finish(request, FinishReason.LENGTH)
-        step.exhausted.append(request)
-
     def _schedule_prefill(self, step: ScheduledStep, request: Request, budget: int) -> int:
         """Schedule as much of a running request's prompt as fits; returns what is left of the budget."""
         start = request.num_computed_tokens
@@ -241,9 +237,9 @@ class Scheduler:
         while self._waiting and budget > 0 and len(self._running) < self._max_running:
             entry = self._waiting[0]
             request = entry.request
-            if request.num_tokens > self._cache.capacity_tokens:  # it was preempted with its last token just sampled
-                self._exhaust(step, request)
-                continue
+            # Each running request has a block of its own (its last one is new at admission, and it takes the next one
+            # before anyone can be admitted to share that), so who fills the whole pool runs alone and is no victim.
+            assert request.num_tokens <= self._cache.capacity_tokens, f"request {request.request_id} waits for ever"
             num_reserved_blocks = len(self._running) + 1 if self._running else 0
             num_cached_tokens = self._cache.admit(request, num_reserved_blocks)
             if num_cached_tokens is None:

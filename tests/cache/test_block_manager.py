@@ -126,15 +126,18 @@ def test_growth_is_all_or_nothing() -> None:
 
 def test_a_preempted_request_finds_its_own_blocks_again_and_can_commit_anew() -> None:
     cache = manager()
-    first = request("first", list(range(10)))
+    first = request("first", list(range(12)))
     cache.admit(first)
-    compute(cache, first, 10)
+    compute(cache, first, 12)
     cache.free(first)
-    first.num_computed_tokens = 0
-    first.num_preemptions = 1
-    cache.pool.allocate(7)  # of 8: the empty ones, then the cached ones from the tail
-    assert cache.admit(first) is None
+    first.num_computed_tokens, first.num_preemptions = 0, 1
+    taken = cache.pool.allocate(7)  # of 8: the empty ones, then the cached ones from the tail
     assert cache.find_cached_tokens(first) == 4
+    assert cache.admit(first) is None
+    cache.pool.free(taken)
+    assert cache.admit(first) == 4
+    compute(cache, first, 12)
+    assert cache.find_cached_tokens(request("other", list(range(13)))) == 12
 
 
 def test_a_failed_request_shares_nothing_any_more() -> None:

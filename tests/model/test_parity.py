@@ -64,6 +64,7 @@ def make_engine(path: Path, **scheduling: Any) -> LLMEngine:
         path,
         EngineConfig(
             dtype=DType.FLOAT32,
+            num_threads=1,
             cache=CacheConfig(block_size=16, num_blocks=200),
             scheduler=SchedulerConfig(max_model_len=1024, **scheduling),
         ),

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from starlette.applications import Starlette
+
 from engine.request import FinishReason, RequestOutput, TokenLogprobs
 from serve_app.admission import Admitted, GenerateCall
 from serve_app.http import build_http_app
-from starlette.applications import Starlette
 
 EOS = 256
 MODEL = "tiny/bytes"
@@ -34,7 +35,7 @@ class ByteDetokenizer:
 class ByteTokenizer:
     """Token id = byte value; 256 ends a sequence."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -52,7 +53,7 @@ class ByteTokenizer:
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True, tools: Any = None) -> str:
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text = "".join(f"<{m['role']}{':' + m['name'] if 'name' in m else ''}>{m['content']}" for m in messages)
         return text + ("<assistant>" if add_generation_prompt else "")
 
@@ -66,9 +67,7 @@ def says(text: str | bytes, *, end: FinishReason | None = FinishReason.STOP, siz
     script: Script = []
     for at in range(0, len(ids), size):
         part, last = tuple(ids[at : at + size]), at + size >= len(ids)
-        logprobs = tuple(
-            TokenLogprobs(-0.5, tuple((k + 65, -0.5 - k) for k in range(top))) for _ in part if top >= 0
-        )
+        logprobs = tuple(TokenLogprobs(-0.5, tuple((k + 65, -0.5 - k) for k in range(top))) for _ in part if top >= 0)
         stop = EOS if last and end is FinishReason.STOP else None
         script.append(RequestOutput("r", part, logprobs, end if last else None, stop, num_cached_tokens=3))
     return script

@@ -1,0 +1,184 @@
+"""Renders chat templates in a process of its own, under limits that hold whatever the template does.
+
+A template comes with a model from somewhere else and is a program. minijinja keeps it away from Python, and its fuel
+stops loops and most growth within milliseconds; but repeating, comparing and printing lists is not metered (measured:
+`[1]*100000000 == [1]*100000000` takes 8 s, printing nested repeated lists 5 s and 300 MB), and nothing can interrupt
+native code in a process that must live. So the operating system bounds this one: an alarm ends it when one rendering
+takes too long, a limit on its address space when one grows too large. `engine.tokenizer.template_sandbox` is the other
+end of its pipes and starts another.
+
+Run as a script, never imported by the server. It imports nothing of `engine`, which keeps its start short (60 ms).
+
+Frames, both ways: a little-endian u32 of the payload's bytes, then the payload. In: JSON, first the templates by name,
+then one object `{"template": name, "variables": {...}}` per rendering. Out: an empty frame once the templates are
+taken, then per rendering one byte (`RENDERED` or `FAILED`) and the text in UTF-8.
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import sys
+from datetime import datetime
+from typing import IO, Any
+
+import minijinja
+import orjson
+
+RENDERED, FAILED = b"=", b"!"
+LENGTH = struct.Struct("<I")
+
+TIME_LIMIT_S = 0.8  # a rendering answers "within a second"; 32 MiB of messages take 0.4 s
+MEMORY_LIMIT_BYTES = 1024**3  # address space of the whole process; 32 MiB of messages need a third of it
+MAX_RENDERED_BYTES = 64 * 1024**2
+# One unit is one instruction or some dozens of bytes copied; 200,000 of them take about 5 ms. Longer messages need
+# more: about one unit per 8 bytes in common templates, so one per byte is ample.
+BASE_FUEL = 2_000_000
+FUEL_PER_BYTE = 1
+
+# Transformers marks what the assistant wrote with this pair of tags, for training. Rendering passes over them; what is
+# set between them stays there, as it does inside a `with`.
+_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+class TemplateRaisedError(Exception):
+    """The template called `raise_exception`."""
+
+
+def raise_exception(message: object) -> None:
+    raise TemplateRaisedError(str(message))
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """`tojson` as Transformers has it: no HTML escapes, Python's spacing."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def is_sequence(value: Any) -> bool:
+    """Jinja counts strings and mappings as sequences; minijinja alone does not count strings."""
+    return isinstance(value, str | list | tuple | dict)
+
+
+def make_environment(templates: dict[str, str]) -> tuple[minijinja.Environment, dict[str, str]]:
+    """The environment that Transformers gives chat templates, and what is wrong with each template that does not
+    compile (an error for whoever uses it, not for the server)."""
+    environment = minijinja.Environment(
+        filters={"tojson": to_json},
+        tests={"sequence": is_sequence},
+        globals={"raise_exception": raise_exception, "strftime_now": strftime_now},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined_behavior="lenient",
+        auto_escape_callback=lambda _name: False,
+        debug=False,
+    )
+    malformed: dict[str, str] = {}
+    for name, source in templates.items():
+        try:
+            environment.add_template(name, _GENERATION_TAG.sub(_scope_tag, source))
+        except minijinja.TemplateError as error:
+            malformed[name] = describe(error)
+    return environment, malformed
+
+
+def _scope_tag(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2] or ''}with{match[3]}"
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, TemplateRaisedError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    if not isinstance(error, minijinja.TemplateError):
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    if error.kind == "OutOfFuel":
+        return "it takes too many steps"
+    detail = error.detail or error.message.splitlines()[0]
+    return " ".join(f"{detail}{f' (line {error.line})' if error.line else ''}".split())
+
+
+def render(
+    environment: minijinja.Environment, malformed: dict[str, str], name: str, variables: dict[str, Any], fuel: int
+) -> tuple[bytes, str]:
+    if name in malformed:
+        return FAILED, malformed[name]
+    try:
+        environment.fuel = fuel
+        text: str = environment.render_template(name, **variables)
+    except BaseException as error:  # a panic of the renderer, too, is an answer and not the end
+        return FAILED, describe(error)
+    return RENDERED, text
+
+
+def read_frame(pipe: IO[bytes]) -> bytes | None:
+    """The next payload; None at the end of the stream, also when it ends inside a frame."""
+    header = pipe.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    (num_bytes,) = LENGTH.unpack(header)
+    payload = pipe.read(num_bytes)
+    return payload if len(payload) == num_bytes else None
+
+
+def write_frame(pipe: IO[bytes], payload: bytes) -> None:
+    pipe.write(LENGTH.pack(len(payload)))
+    pipe.write(payload)
+    pipe.flush()
+
+
+def limit_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the closed pipe ends this process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    if sys.platform == "linux":  # elsewhere the kernel refuses or ignores this limit; fuel and the alarm remain
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # an abort on memory is reported by the parent, not by noise in its log
+
+
+def answer(environment: minijinja.Environment, malformed: dict[str, str], payload: bytes) -> bytes:
+    """Render what one frame asks for and return the reply's payload."""
+    request = orjson.loads(payload)
+    fuel = BASE_FUEL + FUEL_PER_BYTE * len(payload)
+    status, text = render(environment, malformed, request["template"], request["variables"], fuel)
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) > MAX_RENDERED_BYTES:
+        status, encoded = FAILED, f"it writes more than {MAX_RENDERED_BYTES} bytes".encode()
+    return status + encoded
+
+
+def main() -> None:
+    limit_process()
+    pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+    first = read_frame(pipe_in)
+    if first is None:
+        return
+    environment, malformed = make_environment(orjson.loads(first))
+    write_frame(pipe_out, b"")
+    while (payload := read_frame(pipe_in)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT_S)
+        reply = answer(environment, malformed, payload)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        write_frame(pipe_out, reply)
+
+
+if __name__ == "__main__":
+    main()

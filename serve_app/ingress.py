@@ -1,0 +1,67 @@
+"""The ingress replica: HTTP in front, engine replicas behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+
+from engine.loader.generation_defaults import GenerationDefaults
+from engine.tokenizer import Tokenizer
+from serve_app.admitter import BatchAdmitter
+from serve_app.engine_client import EngineClient
+from serve_app.http import build_http_app
+from serve_app.readiness import ReadinessCheck
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the ingress needs of a model: everything but its weights."""
+
+    name: str
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    max_model_len: int
+    vocab_size: int
+
+
+@serve.ingress()
+class Ingress:
+    """A Serve deployment. `load` reads the model's small files, in the replica."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, on the loop that will serve
+        self, engine: DeploymentHandle[object], load: Callable[[], ServedModel], max_queued_requests: int
+    ) -> None:
+        model = load()
+        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._client = EngineClient(engine, replica_id)
+        self._admitter = BatchAdmitter(
+            self._client,
+            ReadinessCheck(engine, self._client),
+            model.tokenizer,
+            model_name=model.name,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            max_queued_requests=max_queued_requests,
+        )
+        self._defaults = model.defaults
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return build_http_app(
+            self._admitter,
+            version=package_version(),
+            defaults=self._defaults,
+            system_fingerprint=lambda: self._client.fingerprint,
+        )
+
+    async def __del__(self) -> None:
+        await self._client.close()
+
+
+def package_version() -> str:
+    try:
+        return version("slipstream-llm")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"

@@ -1,0 +1,190 @@
+"""An engine whose model is a hash function and whose KV cache remembers what was written where.
+
+The KV of a position is simulated by the tokens up to it, which is what real KV is a function of. A chunk checks that
+each earlier position of its request holds exactly that, so a wrongly shared, reused, evicted or unwritten block is
+an error at once, and the token it samples is a function of what the cache holds, not of what the request says.
+"""
+
+from collections.abc import Iterator
+
+from engine.batch import ScheduledChunk, ScheduledStep
+from engine.cache.block_manager import BlockManager
+from engine.cache.block_pool import BlockPool
+from engine.config import SchedulerConfig
+from engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from engine.scheduler.scheduler import Scheduler
+
+VOCAB_SIZE = 3  # few tokens: continuations of different requests often agree, and their blocks are shared
+
+Prefix = tuple[int, ...]
+
+
+def next_token(prefix: Prefix) -> int:
+    return sum((i + 1) * (token + 1) for i, token in enumerate(prefix)) // 2 % VOCAB_SIZE
+
+
+def solo_run(prompt: list[int], max_tokens: int, max_num_tokens: int) -> list[int]:
+    """What a request outputs when it has the engine to itself and room for `max_num_tokens` tokens."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens and len(tokens) < max_num_tokens:
+        tokens.append(next_token(tuple(tokens)))
+    return tokens[len(prompt) :]
+
+
+class SimulatedKV:
+    """The tokens that each slot's KV was computed from; None where the KV is broken."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[int, Prefix | None] = {}
+
+    def run(self, chunks: list[ScheduledChunk], broken: Request | None = None) -> list[int | None]:
+        """Compute a step; returns a token for each chunk that samples. The KV of `broken`'s chunk comes out wrong."""
+        for chunk in chunks:
+            self._check(chunk.request, chunk.start)
+        written: set[int] = set()
+        for chunk in chunks:
+            for position, slot in self._slots(chunk.request, chunk.start, chunk.stop):
+                assert slot not in written, f"slot {slot} is written twice in a step"
+                assert slot >= self.block_size, "a request writes to the null block"
+                written.add(slot)
+                prefix = tuple(chunk.request.token_ids(0, position + 1))
+                self.slots[slot] = None if chunk.request is broken else prefix
+        sampled: list[int | None] = []
+        for chunk in chunks:
+            if chunk.request is not broken:
+                self._check(chunk.request, chunk.stop)  # nobody else wrote over it in this step
+            if chunk.samples:
+                (_, slot), *_ = self._slots(chunk.request, chunk.stop - 1, chunk.stop)
+                prefix = self.slots[slot]
+                sampled.append(None if prefix is None else next_token(prefix))
+        return sampled
+
+    def _check(self, request: Request, stop: int) -> None:
+        for position, slot in self._slots(request, 0, stop):
+            expected = tuple(request.token_ids(0, position + 1))
+            held = self.slots.get(slot)
+            assert held == expected, f"request {request.request_id} position {position}: {held}, not {expected}"
+
+    def _slots(self, request: Request, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        for position in range(start, stop):
+            block = request.block_table[position // self.block_size]
+            yield position, block * self.block_size + position % self.block_size
+
+
+class SimulatedEngine:
+    """Drives a scheduler as the engine does, and checks every promise of its interface at every step."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int, block_size: int, caching: bool = True) -> None:
+        self.config = config
+        self.cache = BlockManager(BlockPool(num_blocks, block_size, caching))
+        self.scheduler = Scheduler(config, self.cache)
+        self.kv = SimulatedKV(block_size)
+        self.requests: list[Request] = []
+        self.num_steps = 0
+        self._last_admission_step = -(10**9)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """The most tokens of a request: the last one needs no slot."""
+        return min(self.config.max_model_len, self.cache.capacity_tokens + 1)
+
+    def add(self, prompt: list[int], max_tokens: int = 4, priority: int = 0, arrival_s: float | None = None) -> Request:
+        name = f"r{len(self.requests)}"
+        arrival_s = float(self.num_steps) if arrival_s is None else arrival_s
+        sampling = SamplingParams(seed=0, max_tokens=max_tokens)
+        request = Request(name, prompt, sampling, priority=priority, arrival_s=arrival_s)
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    def step(self, failing: int | None = None, aborting: int | None = None, late: bool = False) -> ScheduledStep:
+        """One step. The chunk numbered `failing` computes wrong KV, noticed before the commit or (`late`) after it;
+        the request of the chunk numbered `aborting` is aborted while the step runs."""
+        before = self.scheduler.running
+        waiting = self.scheduler.waiting
+        step = self.scheduler.schedule()
+        self._check_step(step, before, waiting)
+        chunks = step.chunks
+        broken = chunks[failing % len(chunks)].request if failing is not None and chunks else None
+        sampling = [chunk.request for chunk in chunks if chunk.samples]
+        sampled = self.kv.run(chunks, broken)
+        if broken is not None and not late:
+            self.scheduler.finish(broken, FinishReason.ERROR)
+        if aborting is not None and chunks:
+            self.scheduler.abort(chunks[aborting % len(chunks)].request.request_id)
+        self.scheduler.commit(step)
+        if broken is not None and late:
+            self.scheduler.finish(broken, FinishReason.ERROR)
+        for request, token in zip(sampling, sampled, strict=True):
+            if request.status is RequestStatus.RUNNING:
+                assert token is not None
+                request.append_output(token)
+                num_outputs = len(request.output_token_ids)
+                if num_outputs == request.sampling.max_tokens or request.num_tokens == self.config.max_model_len:
+                    self.scheduler.finish(request, FinishReason.LENGTH)
+        self.scheduler.check_integrity()
+        self.num_steps += 1
+        return step
+
+    def drain(self) -> None:
+        """Step until all is done, which must be soon, in the right words, and leave nothing behind."""
+        pending = [*self.scheduler.running, *self.scheduler.waiting]
+        # In every step the first of the running ones advances by a token at least, and it is displaced at most once by
+        # each request ahead of it.
+        work = sum(request.num_prompt_tokens + request.sampling.max_tokens + 1 for request in pending)
+        for _ in range(work * len(pending)):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, f"{self.scheduler.num_waiting} wait and {self.scheduler.num_running} run"
+        assert self.cache.pool.num_blocks_in_use == 0
+        self.cache.check_integrity([])
+        for request in self.requests:
+            self._check_outputs(request)
+
+    def _check_outputs(self, request: Request) -> None:
+        expected = solo_run(request.prompt_token_ids, request.sampling.max_tokens, self.max_num_tokens)
+        assert request.status is RequestStatus.FINISHED
+        if request.finish_reason is FinishReason.LENGTH:
+            assert request.output_token_ids == expected
+        else:
+            assert request.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
+            assert request.output_token_ids == expected[: len(request.output_token_ids)]
+
+    def _check_step(self, step: ScheduledStep, before: tuple[Request, ...], waiting: tuple[Request, ...]) -> None:
+        config, scheduler = self.config, self.scheduler
+        assert step.num_scheduled_tokens <= config.token_budget
+        assert scheduler.num_running <= config.max_num_seqs
+        longest = config.max_prefill_chunk or config.token_budget
+        rows = {chunk.request: chunk for chunk in step.chunks}
+        assert len(rows) == len(step.chunks), "a request has two chunks in a step"
+        for chunk in step.chunks:
+            assert 1 <= chunk.num_scheduled_tokens <= longest
+            assert chunk.start == chunk.request.num_computed_tokens
+            assert chunk.stop <= chunk.request.num_tokens
+            assert chunk.request.status is RequestStatus.RUNNING
+        # Whoever was decoding and is still here has its row; the first to prefill has at least one.
+        prefilling = [r for r in before if r in scheduler.running and r.num_tokens - r.num_computed_tokens > 1]
+        for request in before:
+            assert request in rows or request in prefilling or request in step.preempted + step.exhausted
+        assert not prefilling or prefilling[0] in rows, "a prefill starves"
+        # Admission is in order, and not in a step that took blocks from somebody.
+        admitted = [request for request in waiting if request.status is RequestStatus.RUNNING]
+        left = [request for request in waiting if request.status is RequestStatus.WAITING]
+        assert [*admitted, *left] == [r for r in waiting if r not in step.exhausted], "a request overtook another"
+        assert not (admitted and step.preempted)
+        # Victims are the last of the order, and nobody is a victim soon after an admission.
+        survivors = [self._rank(request) for request in scheduler.running]
+        assert all(self._rank(victim) > max(survivors, default=(-1e9, 0)) for victim in step.preempted)
+        if step.preempted:
+            assert self.num_steps - self._last_admission_step > self.cache.block_size, "an admission cost a preemption"
+        if admitted:
+            self._last_admission_step = self.num_steps
+        for request in step.exhausted:
+            assert request.num_tokens == self.cache.capacity_tokens + 1
+            assert request.finish_reason is FinishReason.LENGTH
+
+    def _rank(self, request: Request) -> tuple[float, int]:
+        virtual_arrival_s = request.arrival_s + request.priority * self.config.priority_aging_s
+        return virtual_arrival_s, self.requests.index(request)

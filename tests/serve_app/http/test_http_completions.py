@@ -1,0 +1,131 @@
+"""`POST /v1/completions`."""
+
+import pytest
+
+from engine.request import FinishReason
+from tests.serve_app.http.fakes import MODEL, FakeAdmitter, error_of, events_of, fetch, says
+
+PATH = "/v1/completions"
+
+
+def ask(admitter: FakeAdmitter, prompt="ab", **fields):
+    return fetch(admitter, PATH, {"prompt": prompt, **fields})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("text", ("text",)),
+        ("", ("",)),  # what an empty text means is the tokenizer's business: some models add a first token
+        (["a", "b"], ("a", "b")),
+        ([1, 2, 3], ((1, 2, 3),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+    ],
+)
+def test_prompt_forms(prompt, prompts):
+    admitter = FakeAdmitter()
+    body = ask(admitter, prompt).json()
+    assert admitter.calls[0].prompts == prompts
+    assert admitter.calls[0].add_special_tokens
+    assert [c["index"] for c in body["choices"]] == list(range(len(prompts)))
+
+
+def test_whole_answer():
+    body = ask(FakeAdmitter([says("hello")])).json()
+    assert body.pop("id").startswith("cmpl-")
+    assert (body["object"], body["model"], body["seed"]) == ("text_completion", MODEL, 77)
+    assert body["choices"] == [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}]
+    assert body["usage"]["completion_tokens"] == 6
+
+
+def test_default_limit_is_openais():
+    admitter = FakeAdmitter()
+    ask(admitter)
+    ask(admitter, max_tokens=None)
+    assert [call.max_tokens for call in admitter.calls] == [16, 16]
+
+
+def test_choices_are_numbered_prompt_by_prompt_and_prompts_count_once():
+    scripts = [says(t) for t in ("a0", "a1", "b0", "b1")]
+    admitter = FakeAdmitter(scripts)
+    body = ask(admitter, ["aaa", "bb"], n=2, best_of=2).json()
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1")]
+    assert body["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 12,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 6},  # 3 for each prompt's first choice
+    }
+    texts = [""] * 4
+    for event in events_of(ask(FakeAdmitter(scripts), ["aaa", "bb"], n=2, stream=True)):
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == ["a0", "a1", "b0", "b1"]
+
+
+@pytest.mark.parametrize("prompt", ["Q:é ", list("Q:é ".encode())])
+def test_echo(prompt):
+    body = ask(FakeAdmitter([says("yes")]), prompt, echo=True, n=2).json()
+    assert [c["text"] for c in body["choices"]] == ["Q:é yes"] * 2
+    assert body["usage"]["completion_tokens"] == 8
+    events = events_of(ask(FakeAdmitter([says("yes")]), prompt, echo=True, stream=True))
+    assert [e["choices"][0]["text"] for e in events] == ["Q:é y", "e", "s", ""]
+
+
+def test_logprobs_have_offsets_into_the_text():
+    admitter = FakeAdmitter([says("aéb", end=FinishReason.LENGTH, top=1)])
+    logprobs = ask(admitter, logprobs=1).json()["choices"][0]["logprobs"]
+    assert logprobs == {
+        "tokens": ["a", "\ufffd", "\ufffd", "b"],
+        "token_logprobs": [-0.5] * 4,
+        "top_logprobs": [
+            {"A": -0.5, "a": -0.5},
+            {"A": -0.5, "\ufffd": -0.5},
+            {"A": -0.5, "\ufffd": -0.5},
+            {"A": -0.5, "b": -0.5},
+        ],
+        "text_offset": [0, 1, 1, 2],
+    }
+    assert admitter.calls[0].sampling.logprobs == 1
+    streamed = events_of(ask(FakeAdmitter([says("aéb", end=FinishReason.LENGTH, top=1)]), logprobs=1, stream=True))
+    for name, values in logprobs.items():
+        assert [x for e in streamed for x in e["choices"][0]["logprobs"][name]] == values
+
+
+def test_stop_string_ends_one_prompt_of_several():
+    admitter = FakeAdmitter([says("a\n\nb"), says("no end")])
+    body = ask(admitter, ["x", "y"], stop="\n\n").json()
+    assert [(c["text"], c["finish_reason"]) for c in body["choices"]] == [("a", "stop"), ("no end", "stop")]
+    assert body["usage"]["completion_tokens"] == 3 + 7
+    assert [s.num_aborts for s in admitter.streams] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
+        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
+        ({"prompt": []}, "prompt", None),
+        ({"prompt": ["a", 1]}, "prompt", None),
+        ({"prompt": [True]}, "prompt", None),
+        ({"prompt": [-1]}, "prompt", None),
+        ({"prompt": [2**31]}, "prompt", None),
+        ({"prompt": [[1], []]}, "prompt[1]", None),
+        ({"prompt": [[1], ["a"]]}, "prompt[1]", None),
+        ({"prompt": {"a": 1}}, "prompt", None),
+        ({"prompt": 3.5}, "prompt", None),
+        ({"prompt": None}, "prompt", None),
+        ({"prompt": ["a"] * 1025}, "prompt", None),
+        ({"prompt": ["a"] * 9, "n": 128}, "n", None),
+        ({"logprobs": 21}, "logprobs", None),
+        ({"logprobs": True}, "logprobs", None),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"messages": []}, "messages", "unknown_parameter"),
+    ],
+)
+def test_refused(fields, param, code):
+    admitter = FakeAdmitter()
+    error = error_of(fetch(admitter, PATH, {"prompt": "x", **fields}), 400)
+    assert (error["param"], error["code"]) == (param, code)
+    assert error["message"].startswith(param)
+    assert not admitter.calls
