@@ -15,8 +15,8 @@ def fingerprint(checkpoint_fingerprint: str, device: torch.device, dtype: torch.
     On the CPU the instruction set and the number of threads count, since the library chooses its kernels by them.
     """
     if device.type == "cuda":
-        hardware = [torch.cuda.get_device_name(device), torch.version.cuda]
+        hardware = (torch.cuda.get_device_name(device), str(torch.version.cuda))
     else:
-        hardware = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+        hardware = (platform.machine(), f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}")
     parts = [checkpoint_fingerprint, dtype, torch.__version__, QUERY_TILE, KV_SPLIT_TOKENS, row_tile(device), *hardware]
     return "fp_" + hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -170,6 +170,11 @@ class LLMEngine:
         return list(requests)
 
     @property
+    def dtype(self) -> str:
+        """Number format of weights and KV cache, as torch calls it, such as "bfloat16"."""
+        return str(self._runner.dtype).removeprefix("torch.")
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 

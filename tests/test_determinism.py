@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SamplingParams
 from tests.tiny_models import write_tiny_model
@@ -24,18 +24,28 @@ PENALISED = {
 PLAIN = {"temperature": 1.0}
 
 
-@pytest.fixture(scope="module", params=[DType.FLOAT32, DType.BFLOAT16])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DType]:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024), request.param
+Model = tuple[Path, Device, DType]
+
+CPU = [(Device.CPU, DType.FLOAT32), (Device.CPU, DType.BFLOAT16)]
+CUDA = [(Device.CUDA, DType.FLOAT32), (Device.CUDA, DType.BFLOAT16), (Device.CUDA, DType.FLOAT16)]
 
 
-def make_engine(
-    model: tuple[Path, DType], num_blocks: int = 700, prefix_caching: bool = True, **scheduling: Any
-) -> LLMEngine:
-    path, dtype = model
+@pytest.fixture(
+    scope="module",
+    params=[*CPU, *(pytest.param(each, marks=pytest.mark.gpu) for each in CUDA)],
+    ids=lambda each: "-".join(each),
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024), *request.param
+
+
+def make_engine(model: Model, num_blocks: int = 700, prefix_caching: bool = True, **scheduling: Any) -> LLMEngine:
+    path, device, dtype = model
     cache = CacheConfig(block_size=16, num_blocks=num_blocks, enable_prefix_caching=prefix_caching)
     scheduler = SchedulerConfig(**{"max_num_seqs": 64, "max_model_len": 1024} | scheduling)
-    return LLMEngine.from_path(path, EngineConfig(dtype=dtype, cache=cache, scheduler=scheduler, num_threads=1))
+    return LLMEngine.from_path(
+        path, EngineConfig(device=device, dtype=dtype, cache=cache, scheduler=scheduler, num_threads=1)
+    )
 
 
 def make_requests(**changes: Any) -> list[Request]:
@@ -58,7 +68,7 @@ def outputs(requests: list[Request]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(model: tuple[Path, DType]) -> list[list[int]]:
+def alone(model: Model) -> list[list[int]]:
     """Every request's tokens, each request by itself, one whole prefill, no prefix cache."""
     engine = make_engine(model, prefix_caching=False)
     return outputs([engine.generate([request])[0] for request in make_requests()])
@@ -70,17 +80,17 @@ def test_requests_differ(alone: list[list[int]]) -> None:
     assert all(len(set(tokens)) > 5 for tokens in alone[1::4])
 
 
-def test_in_a_batch(model: tuple[Path, DType], alone: list[list[int]]) -> None:
+def test_in_a_batch(model: Model, alone: list[list[int]]) -> None:
     assert outputs(make_engine(model, prefix_caching=False).generate(make_requests())) == alone
 
 
 @pytest.mark.parametrize("budget", [1, 13, 64, 500])
-def test_chunked_prefill(model: tuple[Path, DType], alone: list[list[int]], budget: int) -> None:
+def test_chunked_prefill(model: Model, alone: list[list[int]], budget: int) -> None:
     engine = make_engine(model, prefix_caching=False, token_budget=max(budget, 8), max_prefill_chunk=budget)
     assert outputs(engine.generate(make_requests())) == alone
 
 
-def test_prefix_hit(model: tuple[Path, DType], alone: list[list[int]]) -> None:
+def test_prefix_hit(model: Model, alone: list[list[int]]) -> None:
     engine = make_engine(model)
     engine.generate(make_requests())
     again = engine.generate(make_requests())
@@ -88,7 +98,7 @@ def test_prefix_hit(model: tuple[Path, DType], alone: list[list[int]]) -> None:
     assert outputs(again) == alone
 
 
-def test_preemption(model: tuple[Path, DType], alone: list[list[int]]) -> None:
+def test_preemption(model: Model, alone: list[list[int]]) -> None:
     engine = make_engine(model, num_blocks=66)
     requests = engine.generate(make_requests())
     assert engine.stats().num_preemptions >= 3
@@ -97,13 +107,13 @@ def test_preemption(model: tuple[Path, DType], alone: list[list[int]]) -> None:
     assert engine.stats().num_blocks_in_use == 0
 
 
-def test_preemption_without_prefix_cache(model: tuple[Path, DType], alone: list[list[int]]) -> None:
+def test_preemption_without_prefix_cache(model: Model, alone: list[list[int]]) -> None:
     engine = make_engine(model, num_blocks=66, prefix_caching=False, max_prefill_chunk=50)
     assert outputs(engine.generate(make_requests())) == alone
     assert engine.stats().num_preemptions >= 3
 
 
-def test_neighbours_come_and_go(model: tuple[Path, DType], alone: list[list[int]]) -> None:
+def test_neighbours_come_and_go(model: Model, alone: list[list[int]]) -> None:
     """Requests that arrive at random times, beside others that are aborted midway."""
     engine = make_engine(model, token_budget=48)
     draw = random.Random(6)
@@ -121,7 +131,7 @@ def test_neighbours_come_and_go(model: tuple[Path, DType], alone: list[list[int]
     assert outputs(done) == alone
 
 
-def test_logprobs_are_the_same_bits(model: tuple[Path, DType]) -> None:
+def test_logprobs_are_the_same_bits(model: Model) -> None:
     """Logprobs show the logits themselves, where a change too small to move a token would still be seen."""
 
     def logprobs(engine: LLMEngine, together: bool) -> dict[str, list[float]]:
@@ -141,7 +151,7 @@ def test_logprobs_are_the_same_bits(model: tuple[Path, DType]) -> None:
     assert all(len(values) == 40 * 6 for values in alone.values())
 
 
-def test_seed_choice_and_position_change_the_tokens(model: tuple[Path, DType]) -> None:
+def test_seed_choice_and_position_change_the_tokens(model: Model) -> None:
     engine = make_engine(model)
     sampling = {"max_tokens": 30, "ignore_eos": True}
     variants = [

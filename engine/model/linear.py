@@ -55,12 +55,9 @@ def _packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product 
     """The product with weights in oneDNN's blocked layout, or None where oneDNN has none for this device and dtype."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }[weight.dtype]
-    if not supported():
+    if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if weight.dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), CPU_ROW_TILE)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -7,7 +7,7 @@ from engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError
 from engine.model.kv_cache import kv_bytes_per_block
 
-CPU_DEFAULT_BYTES = 1 << 30
+CPU_DEFAULT_BYTES = 1 << 30  # or what the longest request needs; pages that are never written cost nothing
 CPU_FRACTION = 0.5  # of the memory available: the rest is for the process, its workspace and its neighbours
 CUDA_FRACTION = 0.9  # of the memory free once the weights are loaded, less the workspace below
 
@@ -21,14 +21,18 @@ def plan_num_blocks(
         ConfigError: not even one request of the longest length would fit; says which settings to change.
     """
     per_block = kv_bytes_per_block(model, cache.block_size, dtype)
+    needed = -(-scheduler.max_model_len // cache.block_size) + 1
     if cache.num_blocks is not None:
         num_blocks = cache.num_blocks
     else:
-        budget = cache.memory_bytes if cache.memory_bytes is not None else _default_bytes(model, scheduler, device)
+        budget = cache.memory_bytes
+        if budget is None and device.type == "cpu":
+            budget = _default_cpu_bytes(needed * per_block)
+        elif budget is None:
+            budget = _default_cuda_bytes(model, scheduler, device)
         # More than this no set of running requests can use.
         longest = scheduler.max_num_seqs * -(-scheduler.max_model_len // cache.block_size) + 1
         num_blocks = min(budget // per_block, longest)
-    needed = -(-scheduler.max_model_len // cache.block_size) + 1
     if num_blocks < needed:
         raise ConfigError(
             f"the KV cache holds {max(num_blocks - 1, 0) * cache.block_size} tokens, fewer than max_model_len "
@@ -37,9 +41,12 @@ def plan_num_blocks(
     return num_blocks
 
 
-def _default_bytes(model: ModelConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
-    if device.type == "cpu":
-        return min(CPU_DEFAULT_BYTES, int(psutil.virtual_memory().available * CPU_FRACTION))
+def _default_cpu_bytes(longest_request_bytes: int) -> int:
+    wanted = max(CPU_DEFAULT_BYTES, longest_request_bytes)
+    return min(wanted, int(psutil.virtual_memory().available * CPU_FRACTION))
+
+
+def _default_cuda_bytes(model: ModelConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int((free - _workspace_bytes(model, scheduler)) * CUDA_FRACTION))
 

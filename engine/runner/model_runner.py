@@ -20,6 +20,10 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._sampler = sampler
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._decoder.dtype
+
     def run(self, step: ScheduledStep) -> list[SampledToken]:
         """Compute the step's KV and the next token of every chunk that samples, in the order of the chunks.
 
@@ -52,7 +56,8 @@ class ModelRunner:
         positions += [0] * padding
         slots += [NULL_SLOT] * padding
         columns = torch.tensor([token_ids, positions, slots], device=device)
-        return ModelInput(*columns.unbind(0), rows, torch.tensor(logit_rows, dtype=torch.int64, device=device))
+        wanted = torch.tensor(logit_rows, dtype=torch.int64, device=device)
+        return ModelInput(columns[0], columns[1], columns[2], rows, wanted)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

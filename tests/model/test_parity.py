@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from engine.batch import ScheduledChunk
-from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SamplingParams
 
@@ -59,10 +59,16 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, path
 
 
-def make_engine(path: Path, **scheduling: Any) -> LLMEngine:
+@pytest.fixture(params=[Device.CPU, pytest.param(Device.CUDA, marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Device:
+    return request.param
+
+
+def make_engine(path: Path, device: Device, **scheduling: Any) -> LLMEngine:
     return LLMEngine.from_path(
         path,
         EngineConfig(
+            device=device,
             dtype=DType.FLOAT32,
             num_threads=1,
             cache=CacheConfig(block_size=16, num_blocks=200),
@@ -76,33 +82,33 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_logits_of_every_position(pair: tuple[Any, Path]) -> None:
+def test_logits_of_every_position(pair: tuple[Any, Path], device: Device) -> None:
     model, path = pair
     prompt = torch.randint(0, 500, (LENGTH,), generator=torch.Generator().manual_seed(2)).tolist()
     reference = model(torch.tensor([prompt])).logits[0]
-    runner = make_engine(path)._runner
+    runner = make_engine(path, device)._runner
     runner._kv_cache._data[:, :, 1:].fill_(float("nan"))
     request = Request("r", prompt, SamplingParams(seed=1))
     request.block_table = [*range(5, 44)]
     rows = []
     for start, stop in ((0, 1), (1, 17), (17, 300), (300, 301), (301, LENGTH)):
         batch = runner._model_input([ScheduledChunk(request, start, stop - start)])
-        batch = replace(batch, logit_rows=torch.arange(stop - start))
-        rows.append(runner._decoder.forward(batch, runner._kv_cache))
+        batch = replace(batch, logit_rows=torch.arange(stop - start, device=batch.positions.device))
+        rows.append(runner._decoder.forward(batch, runner._kv_cache).cpu())
     assert relative_error(torch.cat(rows), reference) < 1e-4
 
 
 @torch.no_grad()
 def test_decoded_logits_with_chunked_prefill_and_prefix_hit(
-    pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Any, Path], device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = pair
-    engine = make_engine(path, token_budget=64, max_prefill_chunk=37)
+    engine = make_engine(path, device, token_budget=64, max_prefill_chunk=37)
     recorded: list[torch.Tensor] = []
     sample = engine._sampler.sample
 
     def recording_sample(logits: torch.Tensor, requests: list[Request]) -> Any:
-        recorded.extend(logits.clone())
+        recorded.extend(logits.cpu())
         return sample(logits, requests)
 
     monkeypatch.setattr(engine._sampler, "sample", recording_sample)
