@@ -7,7 +7,7 @@ item is its result.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray import serve
@@ -163,8 +163,8 @@ class BatchAdmitter:
         item.streams = [stream for prompt in placed for stream in prompt.streams]
         return placed
 
-    def _check_ids(self, param: str, ids: Iterable[int]) -> None:
-        wrong = next((id_ for id_ in ids if not 0 <= id_ < self._vocab_size), None)
+    def _check_ids(self, param: str, ids: Collection[int]) -> None:
+        wrong = next((id_ for id_ in (min(ids), max(ids)) if not 0 <= id_ < self._vocab_size), None) if ids else None
         if wrong is not None:
             raise InvalidRequest(f"{param} holds token id {wrong}; ids must be 0 to {self._vocab_size - 1}", param)
 

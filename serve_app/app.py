@@ -142,6 +142,7 @@ def bind(
         ray_actor_options={"num_cpus": config.engine_num_cpus, "num_gpus": int(config.device == "cuda")},
         max_ongoing_requests=config.engine_max_ongoing_requests,
         request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
+        logging_config={"enable_access_log": False},  # a line for every acknowledgement says nothing
         **common,
     )
     ingress = serve.deployment(

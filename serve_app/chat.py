@@ -1,22 +1,37 @@
 """`POST /v1/chat/completions`."""
 
+import asyncio
 import uuid
+from functools import partial
 from typing import Annotated, Any, Self
 
-from engine.tokenizer import Tokenizer
-from pydantic import FailFast, Field, model_validator
+from pydantic import FailFast, Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.tokenizer import Tokenizer
 from serve_app import unsupported
 from serve_app.admission import GenerateCall
 from serve_app.chat_message import ChatMessage
-from serve_app.generation import ChoiceDelta, start
+from serve_app.disconnect import until_disconnect
+from serve_app.generation import ChoiceDelta, TextRules, start
 from serve_app.json_body import read_json
 from serve_app.logprobs import chat_logprobs
 from serve_app.reply import Reply
 from serve_app.schema import FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
-from serve_app.service import service_of
+from serve_app.service import Service, service_of
+
+# Variables of every rendering, which have fields of their own, and a name that Python needs.
+_RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents", "self")
+
+
+def _parse_template_variables(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FieldError("must be an object")
+    for name in _RESERVED_VARIABLES:
+        if name in value:
+            raise FieldError("cannot be set here", name)
+    return value
 
 
 class ChatRequest(GenerationFields):
@@ -27,6 +42,9 @@ class ChatRequest(GenerationFields):
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
     add_generation_prompt: bool = True
+    chat_template_kwargs: Annotated[dict[str, Any], PlainValidator(_parse_template_variables)] = Field(
+        default_factory=dict
+    )
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -50,11 +68,7 @@ async def chat_completions(request: Request) -> Response:
     admitter = service.get_admitter()
     chat = parse(ChatRequest, await read_json(request))
     service.check_model(chat.model)
-    # Rendered on the event loop on purpose: it takes microseconds and fuel bounds it, while minijinja holds the GIL
-    # throughout, so that a thread was measured to add 130 µs and to block the loop just as long.
-    prompt = admitter.tokenizer.render_chat(
-        [message.for_template() for message in chat.messages], add_generation_prompt=chat.add_generation_prompt
-    )
+    prompt = await until_disconnect(request.receive, _render(chat, service, admitter.tokenizer))
     max_tokens = chat.output_tokens
     call = GenerateCall(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -67,7 +81,9 @@ async def chat_completions(request: Request) -> Response:
         add_special_tokens=False,
         priority=chat.priority,
     )
-    generation = await start(request.receive, admitter, call)
+    detokenizer = partial(admitter.tokenizer.detokenizer, skip_special_tokens=chat.skip_special_tokens)
+    rules = TextRules(detokenizer, chat.include_stop_str_in_output)
+    generation = await start(request.receive, admitter, call, rules)
     reply = Reply(
         generation,
         ChatShape(admitter.tokenizer, with_logprobs=chat.logprobs),
@@ -76,6 +92,18 @@ async def chat_completions(request: Request) -> Response:
         system_fingerprint=service.system_fingerprint,
     )
     return await reply.answer(request, stream=chat.stream, include_usage=chat.include_usage)
+
+
+async def _render(chat: ChatRequest, service: Service, tokenizer: Tokenizer) -> str:
+    """The prompt. A template may take up to a second, in a process that renders one chat after another: so the event
+    loop does not wait for it, and the threads that everything else shares are not used up by waiting."""
+    render = partial(
+        tokenizer.render_chat,
+        [message.for_template() for message in chat.messages],
+        add_generation_prompt=chat.add_generation_prompt,
+        **chat.chat_template_kwargs,
+    )
+    return await asyncio.get_running_loop().run_in_executor(service.template_thread, render)
 
 
 class ChatShape:

@@ -1,16 +1,18 @@
 """`POST /v1/completions`."""
 
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Self
 
-from engine.tokenizer import Tokenizer
 from pydantic import PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from serve_app import unsupported
 from serve_app.admission import GenerateCall
-from serve_app.generation import ChoiceDelta, start
+from serve_app.generation import ChoiceDelta, TextRules, start
 from serve_app.json_body import read_json
 from serve_app.limits import MAX_CHOICES, MAX_TOKEN_ID
 from serve_app.logprobs import CompletionLogprobs
@@ -83,10 +85,15 @@ async def completions(request: Request) -> Response:
         add_special_tokens=completion.add_special_tokens,
         priority=completion.priority,
     )
-    generation = await start(request.receive, admitter, call)
+    # The text goes on from the prompt's: a space before its first word is part of it.
+    detokenizer = partial(
+        admitter.tokenizer.detokenizer, skip_special_tokens=completion.skip_special_tokens, continues_text=True
+    )
+    rules = TextRules(detokenizer, completion.include_stop_str_in_output)
+    generation = await start(request.receive, admitter, call, rules)
     reply = Reply(
         generation,
-        _shape(completion, admitter.tokenizer),
+        _shape(completion, admitter.tokenizer, detokenizer),
         response_id=call.request_id,
         model=admitter.model_name,
         system_fingerprint=service.system_fingerprint,
@@ -94,15 +101,20 @@ async def completions(request: Request) -> Response:
     return await reply.answer(request, stream=completion.stream, include_usage=completion.include_usage)
 
 
-def _shape(completion: CompletionRequest, tokenizer: Tokenizer) -> "CompletionShape":
-    echoes = [""] * len(completion.prompt)
-    if completion.echo:
-        echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt)) for prompt in completion.prompt]
-    return CompletionShape(
-        tokenizer,
-        echoes=[echo for echo in echoes for _ in range(completion.n)],
-        with_logprobs=completion.logprobs is not None,
-    )
+def _shape(
+    completion: CompletionRequest, tokenizer: Tokenizer, detokenizer: Callable[[], IncrementalDetokenizer]
+) -> "CompletionShape":
+    def echo(prompt: Prompt) -> str:
+        if not completion.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        return tokenizer.decode(prompt, skip_special_tokens=completion.skip_special_tokens)
+
+    echoes = [text for prompt in completion.prompt for text in [echo(prompt)] * completion.n]
+    if completion.logprobs is None:
+        return CompletionShape(echoes, None)
+    return CompletionShape(echoes, [CompletionLogprobs(tokenizer, detokenizer()) for _ in echoes])
 
 
 class CompletionShape:
@@ -111,10 +123,10 @@ class CompletionShape:
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, *, echoes: list[str], with_logprobs: bool) -> None:
-        """`echoes`: for each choice, what its text begins with."""
+    def __init__(self, echoes: list[str], logprobs: list[CompletionLogprobs] | None) -> None:
+        """For each choice what its text begins with, and the writer of its log-probabilities where they are wanted."""
         self._echoes: list[str | None] = list(echoes)  # None once sent
-        self._logprobs = [CompletionLogprobs(tokenizer) for _ in echoes] if with_logprobs else None
+        self._logprobs = logprobs
 
     def choice(self, whole: ChoiceDelta) -> dict[str, Any]:
         return self._body(whole)

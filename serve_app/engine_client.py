@@ -97,6 +97,7 @@ class EngineClient:
         """`name` is unique among ingress replicas: it makes group ids and so request ids unique."""
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
+        self._control = handle.options(method_name="control")
         self._name = name
         self._serial = itertools.count()
         self._groups: dict[str, Group] = {}
@@ -263,7 +264,7 @@ class EngineClient:
         return link
 
     def _send_control(self, message: bytes, replica_id: str) -> Awaitable[None]:
-        response: Awaitable[None] = self._handle.control.remote(message, replica_id=replica_id)
+        response: Awaitable[None] = self._control.remote(message, replica_id=replica_id)
         return response
 
     async def _keep_house(self) -> None:

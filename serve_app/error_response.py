@@ -55,9 +55,9 @@ def answer_to(error: BaseException, request_id: str) -> ErrorAnswer:
         case InvalidRequest():
             return ErrorAnswer(400, str(error), error.param, error.code)
         case RefusedError():
-            # The rest of an oversized request is never read, so the connection cannot be used again.
-            headers = {"connection": "close"} if error.status in (413, 431) else {}
-            return ErrorAnswer(error.status, str(error), error.param, error.code, headers)
+            # No "connection: close" after 413: the server would reset the connection of a client that is still
+            # sending, which then never reads why. Kept open, the server drops what still comes.
+            return ErrorAnswer(error.status, str(error), error.param, error.code)
         case OverloadedError():
             headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
             return ErrorAnswer(429, str(error), code="overloaded", headers=headers)

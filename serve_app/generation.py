@@ -1,15 +1,15 @@
 """From the token streams of one HTTP request to text: stop strings, counting, aborting what is not needed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from engine.text import TextStream
-from engine.tokenizer import Tokenizer
 from starlette.types import Receive
 
 from engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from engine.text import TextStream
+from engine.tokenizer import IncrementalDetokenizer
 from serve_app.admission import Admitted, Admitter, GenerateCall, TokenStream
 from serve_app.disconnect import until_disconnect
 from serve_app.errors import GenerationError
@@ -20,10 +20,18 @@ class ChoiceDelta:
     """What came of one choice since its last delta (or, joined, all of it)."""
 
     index: int
-    text: str  # visible: neither a stop string nor a stop token
+    text: str  # what the client sees: by default neither a stop string nor a stop token
     token_ids: tuple[int, ...]  # all that count, up to and including the one that ended the choice
     logprobs: tuple[TokenLogprobs, ...]  # one for each of token_ids, or none at all
     finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How tokens become text."""
+
+    detokenizer: Callable[[], IncrementalDetokenizer]  # a new one for each choice
+    include_stop: bool = False  # the stop string or stop token that ended a choice is shown
 
 
 @dataclass
@@ -46,14 +54,14 @@ class Usage:
 class Generation:
     """One admitted call. Whoever holds it calls `abort` when it is done with it, whatever happened."""
 
-    def __init__(self, admitted: Admitted, call: GenerateCall, tokenizer: Tokenizer) -> None:
+    def __init__(self, admitted: Admitted, call: GenerateCall, rules: TextRules) -> None:
         assert len(admitted.streams) == len(admitted.prompt_token_ids) * call.n
         self.prompt_token_ids = admitted.prompt_token_ids
         self.seed = admitted.seed
         self.usage = Usage(sum(len(ids) for ids in admitted.prompt_token_ids))
         self._n = call.n
         self._streams = admitted.streams
-        self._choices = [_Choice(index, call.sampling, tokenizer) for index in range(len(admitted.streams))]
+        self._choices = [_Choice(index, call.sampling, rules) for index in range(len(admitted.streams))]
         self._running = set(range(len(admitted.streams)))
         self._cached_tokens = [0] * len(admitted.prompt_token_ids)
 
@@ -61,20 +69,17 @@ class Generation:
         """The deltas of all choices in the order in which they arrive.
 
         Raises:
-            GenerationError: a choice failed; its siblings are aborted.
+            GenerationError: a choice failed. Its siblings run until `abort`.
         """
-        try:
-            async with aclosing(_merged(self._streams)) as outputs:
-                async for index, output in outputs:
-                    if index not in self._running:
-                        continue  # what came after a stop string
-                    if output is None:
-                        raise GenerationError("the engine ended a stream before it was finished")
-                    yield self._delta(index, output)
-                    if not self._running:
-                        return
-        finally:
-            self.abort()
+        async with aclosing(_merged(self._streams)) as outputs:
+            async for index, output in outputs:
+                if index not in self._running:
+                    continue  # what came after a stop string
+                if output is None:
+                    raise GenerationError("the engine ended a stream before it was finished")
+                yield self._delta(index, output)
+                if not self._running:
+                    return
 
     def abort(self) -> None:
         """Free every choice that has not ended. Returns at once, and may be called again."""
@@ -100,23 +105,28 @@ class Generation:
 class _Choice:
     """The text of one choice."""
 
-    def __init__(self, index: int, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, sampling: SamplingParams, rules: TextRules) -> None:
         self._index = index
-        self._text = TextStream(tokenizer.detokenizer(), sampling.stop, sampling.min_tokens)
+        self._include_stop = rules.include_stop
+        self._text = TextStream(rules.detokenizer(), sampling.stop, sampling.min_tokens, rules.include_stop)
 
     def delta(self, output: RequestOutput) -> ChoiceDelta:
         token_ids, finish_reason = output.token_ids, output.finish_reason
-        # The token that ended the choice counts, but is not part of the text.
-        pushed = self._text.push(token_ids if output.stop_token_id is None else token_ids[:-1])
-        text = pushed.text
-        if pushed.stop is not None:
-            token_ids, finish_reason = token_ids[: pushed.num_tokens_used], FinishReason.STOP
+        # The token that ended the choice counts in any case.
+        hides_last = output.stop_token_id is not None and not self._include_stop
+        pushed = self._text.push(token_ids[:-1] if hides_last else token_ids)
+        text, stop = pushed.text, pushed.stop
+        if stop is not None:
+            token_ids = token_ids[: pushed.num_tokens_used]
         elif finish_reason is not None:
-            text += self._text.finish()
+            rest = self._text.finish()
+            text, stop = text + rest.text, rest.stop
+        if stop is not None:
+            finish_reason = FinishReason.STOP
         return ChoiceDelta(self._index, text, token_ids, output.logprobs[: len(token_ids)], finish_reason)
 
 
-async def start(receive: Receive, admitter: Admitter, call: GenerateCall) -> Generation:
+async def start(receive: Receive, admitter: Admitter, call: GenerateCall, rules: TextRules) -> Generation:
     """Admit `call`. When the client leaves meanwhile, whatever is admitted after that is aborted.
 
     Raises:
@@ -131,7 +141,7 @@ async def start(receive: Receive, admitter: Admitter, call: GenerateCall) -> Gen
         _orphans.add(admission)
         admission.add_done_callback(_abort_orphan)
         raise
-    return Generation(admitted, call, admitter.tokenizer)
+    return Generation(admitted, call, rules)
 
 
 _orphans: set[asyncio.Future[Admitted]] = set()  # the event loop itself keeps no strong reference

@@ -57,7 +57,8 @@ class Ingress:
         )
 
     async def __del__(self) -> None:
-        await self._client.close()
+        if hasattr(self, "_client"):  # else the constructor has failed
+            await self._client.close()
 
 
 def package_version() -> str:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from engine.tokenizer import Tokenizer
-
 from engine.request import TokenLogprobs
+from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 # JSON has no infinity; OpenAI writes this for tokens that cannot occur.
 _LOWEST = -9999.0
@@ -33,10 +32,10 @@ def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str
 class CompletionLogprobs:
     """`choices[].logprobs` of one text completion, whose offsets count from the start of its text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, detokenizer: IncrementalDetokenizer) -> None:
         self._tokenizer = tokenizer
-        # Stop strings are not applied here: the tokens that make one up have offsets as well.
-        self._detokenizer = tokenizer.detokenizer()
+        # One of its own: stop strings do not apply here, since the tokens that make one up have offsets as well.
+        self._detokenizer = detokenizer
         self._offset_chars = 0
 
     def body(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> dict[str, Any]:

@@ -171,6 +171,8 @@ class GenerationFields(Wire):
     stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_LIST)] = Field(default_factory=list)
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     # Labels for the client's own bookkeeping: they cannot change an answer, so accepting them ignores nothing.
     user: str | None = None

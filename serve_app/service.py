@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -31,6 +32,8 @@ class Service:
     get_defaults: Callable[[], SamplingDefaults]
     get_fingerprint: Callable[[], str | None]
     version: str
+    # For rendering chat templates, one at a time (serve_app.chat).
+    template_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chat-template"))
     started_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
 
     @property

@@ -20,13 +20,14 @@ MODEL = "tiny/bytes"
 
 
 class ByteDetokenizer:
-    """Emits whole characters only; the end-of-sequence token has no text."""
+    """Emits whole characters only."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_text: bytes) -> None:
+        self._end_text = end_text
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode(bytes(t for t in token_ids if t != EOS))
+        return self._decoder.decode(b"".join(self._end_text if t == EOS else bytes([t]) for t in token_ids))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -38,11 +39,12 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(t for t in token_ids if t != EOS).decode(errors="replace")
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.finish()
 
     def token_text(self, token_id: int) -> str:
-        return "<|end|>" if token_id == EOS else bytes([token_id]).decode(errors="replace")
+        return "<|end|>" if token_id == EOS else chr(token_id) if token_id < 128 else f"bytes:\\x{token_id:02x}"
 
     def token_bytes(self, token_id: int) -> bytes:
         return b"<|end|>" if token_id == EOS else bytes([token_id])
@@ -50,11 +52,14 @@ class ByteTokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id == EOS
 
-    def detokenizer(self) -> ByteDetokenizer:
-        return ByteDetokenizer()
+    def detokenizer(self, *, skip_special_tokens: bool = True, continues_text: bool = False) -> ByteDetokenizer:
+        self.continues_text = continues_text
+        return ByteDetokenizer(b"" if skip_special_tokens else b"<|end|>")
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = "".join(f"<{m['role']}{':' + m['name'] if 'name' in m else ''}>{m['content']}" for m in messages)
+    def render_chat(self, messages: Any, *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        text = str(variables.get("mood", "")) + "".join(
+            f"<{m['role']}{':' + m['name'] if 'name' in m else ''}>{m['content']}" for m in messages
+        )
         return text + ("<assistant>" if add_generation_prompt else "")
 
 

@@ -112,6 +112,9 @@ def test_bad_value_is_named(field, value):
     [
         ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
         ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"logit_bias": {"9999999999": 1}}, "logit_bias.9999999999"),
@@ -167,8 +170,8 @@ UNSUPPORTED = {
     "tools": [], "tool_choice": "auto", "functions": [], "function_call": "auto", "parallel_tool_calls": True,
     "response_format": {"type": "json_object"}, "audio": {}, "modalities": ["text", "audio"], "prediction": {},
     "service_tier": "flex", "web_search_options": {}, "reasoning_effort": "low", "verbosity": "low", "store": True,
-    "prompt_cache_retention": "24h", "guided_json": {}, "include_stop_str_in_output": True, "best_of": 1,
-    "skip_special_tokens": False, "chat_template": "{{ x }}", "chat_template_kwargs": {"a": 1}, "echo": True,
+    "prompt_cache_retention": "24h", "guided_json": {}, "best_of": 1,
+    "chat_template": "{{ x }}", "documents": [], "echo": True,
 }  # fmt: skip
 
 
@@ -177,6 +180,13 @@ def test_unsupported_field_is_refused_by_name(field):
     error = refused(OK | {field: UNSUPPORTED[field]})
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert "is not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("store", 0), ("echo", 0.0), ("response_format", {"type": "text", "x": 1})]
+)
+def test_what_only_resembles_a_harmless_value_is_refused(field, value):
+    assert refused(OK | {field: value})["code"] == "unsupported_parameter"
 
 
 @pytest.mark.parametrize("field", ["temprature", "", "x" * 10_000, "prompt"])
@@ -245,8 +255,7 @@ def test_header_limit():
 
     assert response(60_000).status_code == 200
     assert error_of(response(65_600), 431)["code"] == "headers_too_large"
-    assert response(65_600).headers["connection"] == "close"
-    many = {f"x-{i}": "v" for i in range(10_000)}
+    many = {f"x-{i}": "v" * 40 for i in range(1_500)}
     error_of(fetch(FakeAdmitter(), "/health", headers=many), 431)
     error_of(fetch(FakeAdmitter(), "/health?" + "q" * 65_450), 431)
 
@@ -281,7 +290,6 @@ def test_chunked_body_is_read_to_the_limit_and_no_further():
     response = post_stream(upload, {"transfer-encoding": "chunked"})
     assert error_of(response, 413)["code"] == "body_too_large"
     assert upload.num_taken == 33
-    assert response.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize("length", [str(2**25 + 1), "9" * 5000])

@@ -119,7 +119,7 @@ def test_slow_choice_does_not_hold_up_a_fast_one():
 def test_logprobs():
     admitter = FakeAdmitter([says("hé", top=2)])
     entries = ask(admitter, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
-    assert [e["token"] for e in entries] == ["h", "\ufffd", "\ufffd", "<|end|>"]
+    assert [e["token"] for e in entries] == ["h", r"bytes:\xc3", r"bytes:\xa9", "<|end|>"]
     assert [e["bytes"] for e in entries] == [[104], [0xC3], [0xA9], list(b"<|end|>")]
     assert entries[0]["top_logprobs"] == [
         {"token": "A", "logprob": -0.5, "bytes": [65]},
@@ -181,6 +181,36 @@ def test_stop_string_of_one_choice_leaves_the_other_running():
     assert [s.num_aborts for s in admitter.streams] == [1, 0]
 
 
+@pytest.mark.parametrize("size", [1, 100])
+def test_stop_is_shown_where_the_client_wants_it(size):
+    admitter = FakeAdmitter([says("one STOP two", size=size)])
+    body = ask(admitter, stop="STOP", include_stop_str_in_output=True).json()
+    assert body["choices"][0]["message"]["content"] == "one STOP"
+    assert body["usage"]["completion_tokens"] == 8
+    script = [RequestOutput("r", (104, 105), (), FinishReason.STOP, stop_token_id=105)]
+    body = ask(FakeAdmitter([script]), stop_token_ids=[105], include_stop_str_in_output=True).json()
+    assert body["choices"][0]["message"]["content"] == "hi"
+
+
+def test_stop_string_that_only_the_end_completes():
+    """Half a character at the end becomes U+FFFD, which the client may have asked to stop at."""
+    script = [RequestOutput("r", (104, 0xC3), (), FinishReason.LENGTH)]
+    body = ask(FakeAdmitter([script]), stop="\ufffd").json()
+    assert body["choices"][0]["message"]["content"] == "h"
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] == 2
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    script = [RequestOutput("r", (104, 0xC3), (), FinishReason.LENGTH)]
+    assert ask(FakeAdmitter([script])).json()["choices"][0]["message"]["content"] == "h\ufffd"
+
+
+def test_stop_string_is_text_within_min_tokens():
+    admitter = FakeAdmitter([says("a.b.c")])
+    assert ask(admitter, stop=".", min_tokens=2).json()["choices"][0]["message"]["content"] == "a.b"
+
+
 def test_held_back_text_comes_out_at_the_end():
     admitter = FakeAdmitter([says("almost STO", end=FinishReason.LENGTH)])
     (choice,) = ask(admitter, stop="STOP").json()["choices"]
@@ -199,6 +229,8 @@ def test_end_token_that_does_not_end_it_is_not_shown():
     body = ask(FakeAdmitter([script]), ignore_eos=True).json()
     assert body["choices"][0]["message"]["content"] == "hi"
     assert body["choices"][0]["finish_reason"] == "length"
+    body = ask(FakeAdmitter([script]), ignore_eos=True, skip_special_tokens=False).json()
+    assert body["choices"][0]["message"]["content"] == "h<|end|>i"
 
 
 def test_messages_reach_the_template():
@@ -213,8 +245,9 @@ def test_messages_reach_the_template():
     (call,) = admitter.calls
     assert call.prompts == ("<system>be brief<user:eve>a\nb<assistant>c<user><assistant>",)
     assert not call.add_special_tokens
-    fetch(admitter, PATH, {"messages": HI, "add_generation_prompt": False})
-    assert admitter.calls[1].prompts == ("<user>hi",)
+    fetch(admitter, PATH, {"messages": HI, "add_generation_prompt": False, "chat_template_kwargs": {"mood": ":)"}})
+    assert admitter.calls[1].prompts == (":)<user>hi",)
+    assert not admitter.tokenizer.continues_text
 
 
 def test_template_that_refuses_the_messages_is_the_clients_error():

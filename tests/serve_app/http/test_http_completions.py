@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.request import FinishReason
+from engine.request import FinishReason, RequestOutput
 from tests.serve_app.http.fakes import MODEL, FakeAdmitter, error_of, events_of, fetch, says
 
 PATH = "/v1/completions"
@@ -38,6 +38,12 @@ def test_whole_answer():
     assert body["usage"]["completion_tokens"] == 6
 
 
+def test_text_goes_on_from_the_prompts():
+    admitter = FakeAdmitter()
+    ask(admitter)
+    assert admitter.tokenizer.continues_text
+
+
 def test_default_limit_is_openais():
     admitter = FakeAdmitter()
     ask(admitter)
@@ -62,6 +68,13 @@ def test_choices_are_numbered_prompt_by_prompt_and_prompts_count_once():
     assert texts == ["a0", "a1", "b0", "b1"]
 
 
+def test_cached_tokens_are_those_of_the_first_choice():
+    """Its siblings also find what it has just computed, which saved the client's request nothing."""
+    scripts = [[RequestOutput("r", (97,), (), FinishReason.LENGTH, num_cached_tokens=cached)] for cached in (2, 16)]
+    body = ask(FakeAdmitter(scripts), n=2).json()
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
 @pytest.mark.parametrize("prompt", ["Q:é ", list("Q:é ".encode())])
 def test_echo(prompt):
     body = ask(FakeAdmitter([says("yes")]), prompt, echo=True, n=2).json()
@@ -75,12 +88,12 @@ def test_logprobs_have_offsets_into_the_text():
     admitter = FakeAdmitter([says("aéb", end=FinishReason.LENGTH, top=1)])
     logprobs = ask(admitter, logprobs=1).json()["choices"][0]["logprobs"]
     assert logprobs == {
-        "tokens": ["a", "\ufffd", "\ufffd", "b"],
+        "tokens": ["a", r"bytes:\xc3", r"bytes:\xa9", "b"],
         "token_logprobs": [-0.5] * 4,
         "top_logprobs": [
             {"A": -0.5, "a": -0.5},
-            {"A": -0.5, "\ufffd": -0.5},
-            {"A": -0.5, "\ufffd": -0.5},
+            {"A": -0.5, r"bytes:\xc3": -0.5},
+            {"A": -0.5, r"bytes:\xa9": -0.5},
             {"A": -0.5, "b": -0.5},
         ],
         "text_offset": [0, 1, 1, 2],

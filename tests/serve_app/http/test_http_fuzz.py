@@ -29,33 +29,52 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-MESSAGE = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]),
-        "content": st.text(max_size=9) | ANYTHING,
-    },
-    optional={"name": ANYTHING, "tool_calls": ANYTHING},
-)
+RARELY = st.integers(0, 9).map(lambda roll: roll == 9)
 PLAUSIBLE = {
-    "n": st.integers(0, 3), "temperature": st.floats(-1, 3), "top_p": st.floats(-1, 2), "seed": st.integers(),
-    "max_tokens": st.integers(-1, 9), "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
-    "stream": st.booleans(), "stream_options": st.fixed_dictionaries({}, optional={"include_usage": ANYTHING}),
-    "logprobs": st.booleans() | st.integers(-1, 25), "top_logprobs": st.integers(-1, 25), "echo": st.booleans(),
-    "logit_bias": st.dictionaries(st.integers(-1, 300).map(str), st.floats(-200, 200), max_size=3),
+    "n": st.integers(0, 3), "stop": st.text(max_size=3) | st.lists(st.text(min_size=1, max_size=3), max_size=3),
+    "temperature": st.floats(-0.1, 3), "top_p": st.floats(0, 1), "top_k": st.integers(-2, 50), "seed": st.integers(),
+    "max_tokens": st.integers(0, 9), "min_tokens": st.integers(-1, 9), "ignore_eos": st.booleans(),
+    "stop_token_ids": st.lists(st.integers(-1, 300), max_size=3), "skip_special_tokens": st.booleans(),
+    "logit_bias": st.dictionaries(st.integers(0, 300).map(str), st.floats(-101, 101), max_size=3),
+    "logprobs": st.booleans() | st.integers(0, 21), "top_logprobs": st.integers(-1, 21), "echo": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}), "stream": st.booleans(),
+    "chat_template_kwargs": st.dictionaries(st.text(max_size=9), ANYTHING, max_size=2),
 }  # fmt: skip
 
 
-def bodies(model, required):
-    fields = {name: PLAUSIBLE.get(name, ANYTHING) | ANYTHING for name in (*model.model_fields, *model.refused)}
-    fields = {name: strategy for name, strategy in fields.items() if name not in required}
-    return st.fixed_dictionaries(required, optional=fields) | ANYTHING
+@st.composite
+def messages(draw):
+    """A chat in which any field of any message may be something else entirely."""
+    roles = draw(st.lists(st.sampled_from(["user", "system", "assistant", "developer"]), min_size=1, max_size=3))
+    chat = [{"role": role, "content": draw(st.text(max_size=9))} for role in roles]
+    if draw(RARELY):
+        draw(st.sampled_from(chat))[draw(st.sampled_from(["role", "content", "name", "tool_calls"]))] = draw(ANYTHING)
+    return chat
 
 
-CHAT = st.tuples(
-    st.just("/v1/chat/completions"), bodies(ChatRequest, {"messages": st.lists(MESSAGE, max_size=3) | ANYTHING})
-)
-PROMPTS = st.text(max_size=9) | st.lists(st.text(max_size=3) | st.integers(-1, 300), max_size=3) | ANYTHING
-COMPLETIONS = st.tuples(st.just("/v1/completions"), bodies(CompletionRequest, {"prompt": PROMPTS}))
+PROMPTS = st.text(max_size=9) | st.lists(st.text(max_size=3), max_size=3) | st.lists(st.integers(-1, 300), max_size=3)
+
+
+@st.composite
+def cases(draw):
+    """A path and a body that is mostly right, so that many get through and the others fail for one reason."""
+    path, model, required = draw(
+        st.sampled_from(
+            [
+                ("/v1/chat/completions", ChatRequest, {"messages": messages()}),
+                ("/v1/completions", CompletionRequest, {"prompt": PROMPTS}),
+            ]
+        )
+    )
+    if draw(RARELY):
+        return path, draw(ANYTHING)
+    body = draw(st.fixed_dictionaries(required))
+    names = [*PLAUSIBLE.keys() & model.model_fields.keys()]
+    for name in draw(st.lists(st.sampled_from(sorted(names)), max_size=3, unique=True)):
+        body[name] = draw(ANYTHING if draw(RARELY) else PLAUSIBLE[name])
+    if draw(RARELY):
+        body[draw(st.sampled_from(sorted({*model.model_fields, *model.refused})))] = draw(ANYTHING)
+    return path, body
 
 
 async def post(path, content):
@@ -68,7 +87,7 @@ async def post(path, content):
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(CHAT | COMPLETIONS)
+@given(cases())
 def test_json_of_any_shape_is_never_a_5xx(case):
     path, body = case
     admitter, response = asyncio.run(post(path, json.dumps(body).encode("utf-8", "surrogatepass")))

@@ -108,7 +108,7 @@ def test_completions(stream):
             tokens[choice.index] += choice.logprobs.tokens
             assert len(choice.logprobs.text_offset) == len(choice.logprobs.top_logprobs)
     assert texts == ["hé"] * 4
-    assert tokens == [["h", "\ufffd", "\ufffd", "<|end|>"]] * 4
+    assert tokens == [["h", r"bytes:\xc3", r"bytes:\xa9", "<|end|>"]] * 4
     assert answers[-1].usage.completion_tokens == 16
 
 
