@@ -196,7 +196,7 @@ class EngineClient:
         except Exception as error:
             if not group.cancelled:
                 logger.warning(f"group {group.group_id} on engine replica {group.replica_id} failed: {error!r}")
-            group.fail(UnavailableError("the engine replica stopped while serving this request"))
+                group.cancel(UnavailableError("the engine replica stopped while serving this request"))
         finally:
             del self._groups[group.group_id]
 

@@ -303,7 +303,7 @@ def test_any_64_bit_seed_is_mapped_and_reported(seed, used):
 
 
 def test_model_defaults_fill_what_the_client_left_out():
-    from serve_app.service import NoDefaults
+    from serve_app.http.service import NoDefaults
 
     admitter = FakeAdmitter()
     app = app_over(admitter, defaults=NoDefaults(temperature=0.2, top_k=40), system_fingerprint="fp_x")

@@ -122,7 +122,7 @@ def test_readiness_that_hangs_is_not_ready(monkeypatch):
         async def readiness(self):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr("serve_app.status.READINESS_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serve_app.http.status.READINESS_TIMEOUT_S", 0.05)
     response = fetch(Hung(), "/ready")
     assert response.status_code == 503
     assert response.json() == {"ready": False, "state": "no answer within 0.05 s"}

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
-from serve_app.chat import ChatRequest
-from serve_app.completions import CompletionRequest
-from serve_app.json_body import check_nesting
+from serve_app.http.chat import ChatRequest
+from serve_app.http.completions import CompletionRequest
+from serve_app.http.json_body import check_nesting
 from tests.serve_app.http.fakes import FakeAdmitter, app_over, says
 
 SCALARS = st.one_of(

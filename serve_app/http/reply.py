@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.disconnect import until_disconnect
-from serve_app.error_response import answer_to, json_response, request_id_of
-from serve_app.generation import ChoiceDelta, Generation, joined
-from serve_app.sse import DONE, EventStream, event
+from serve_app.http.disconnect import until_disconnect
+from serve_app.http.error_response import answer_to, json_response, request_id_of
+from serve_app.http.generation import ChoiceDelta, Generation, joined
+from serve_app.http.sse import DONE, EventStream, event
 
 
 class Shape(Protocol):

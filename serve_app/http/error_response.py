@@ -98,7 +98,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 
 def request_id_of(request: Request) -> str:
-    """The id that `serve_app.middleware` gave this HTTP request."""
+    """The id that `serve_app.http.middleware` gave this HTTP request."""
     request_id = request.scope["slipstream.request_id"]
     assert isinstance(request_id, str)
     return request_id

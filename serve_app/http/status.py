@@ -6,9 +6,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.error_response import json_response
-from serve_app.limits import READINESS_TIMEOUT_S
-from serve_app.service import Service, service_of
+from serve_app.http.error_response import json_response
+from serve_app.http.limits import READINESS_TIMEOUT_S
+from serve_app.http.service import Service, service_of
 
 
 async def list_models(request: Request) -> Response:

@@ -8,8 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from engine.errors import InvalidRequest
 from engine.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SEED_BITS, SamplingParams
-from serve_app import unsupported
-from serve_app.limits import (
+from serve_app.http import unsupported
+from serve_app.http.limits import (
     MAX_COUNT,
     MAX_METADATA,
     MAX_N,

@@ -10,16 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.tokenizer import Tokenizer
-from serve_app import unsupported
+from serve_app.http import unsupported
 from serve_app.admission import GenerateCall
-from serve_app.chat_message import ChatMessage
-from serve_app.disconnect import until_disconnect
-from serve_app.generation import ChoiceDelta, TextRules, start
-from serve_app.json_body import read_json
-from serve_app.logprobs import chat_logprobs
-from serve_app.reply import Reply
-from serve_app.schema import FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
-from serve_app.service import Service, service_of
+from serve_app.http.chat_message import ChatMessage
+from serve_app.http.disconnect import until_disconnect
+from serve_app.http.generation import ChoiceDelta, TextRules, start
+from serve_app.http.json_body import read_json
+from serve_app.http.logprobs import chat_logprobs
+from serve_app.http.reply import Reply
+from serve_app.http.schema import FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
+from serve_app.http.service import Service, service_of
 
 # Variables of every rendering, which have fields of their own, and a name that Python needs.
 _RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents", "self")

@@ -10,14 +10,14 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from engine.errors import SlipstreamError
-from serve_app import status
+from serve_app.http import status
 from serve_app.admission import Admitter
-from serve_app.chat import chat_completions
-from serve_app.completions import completions
-from serve_app.error_response import handle_client_gone, handle_error, handle_routing_error
-from serve_app.middleware import RequestGuard
-from serve_app.schema import SamplingDefaults
-from serve_app.service import NoDefaults, Service
+from serve_app.http.chat import chat_completions
+from serve_app.http.completions import completions
+from serve_app.http.error_response import handle_client_gone, handle_error, handle_routing_error
+from serve_app.http.middleware import RequestGuard
+from serve_app.http.schema import SamplingDefaults
+from serve_app.http.service import NoDefaults, Service
 
 
 def build_http_app(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from serve_app.admission import Admitter
-from serve_app.error_response import RefusedError, clipped
-from serve_app.schema import SamplingDefaults
+from serve_app.http.error_response import RefusedError, clipped
+from serve_app.http.schema import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Service:
     get_defaults: Callable[[], SamplingDefaults]
     get_fingerprint: Callable[[], str | None]
     version: str
-    # For rendering chat templates, one at a time (serve_app.chat).
+    # For rendering chat templates, one at a time (serve_app.http.chat).
     template_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chat-template"))
     started_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.error_response import RefusedError, answer_to
-from serve_app.limits import MAX_HEADER_BYTES
+from serve_app.http.error_response import RefusedError, answer_to
+from serve_app.http.limits import MAX_HEADER_BYTES
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _FIELD_OVERHEAD_BYTES = 4  # ": " and the line end

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
-from serve_app import unsupported
-from serve_app.schema import UNKNOWN_CODE, UNSUPPORTED_CODE, FieldError, Wire
+from serve_app.http import unsupported
+from serve_app.http.schema import UNKNOWN_CODE, UNSUPPORTED_CODE, FieldError, Wire
 
 # "developer" is OpenAI's newer name for "system"; the templates of open models know only the older one.
 _TEMPLATE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

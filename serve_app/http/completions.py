@@ -10,15 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from serve_app import unsupported
+from serve_app.http import unsupported
 from serve_app.admission import GenerateCall
-from serve_app.generation import ChoiceDelta, TextRules, start
-from serve_app.json_body import read_json
-from serve_app.limits import MAX_CHOICES, MAX_TOKEN_ID
-from serve_app.logprobs import CompletionLogprobs
-from serve_app.reply import Reply
-from serve_app.schema import UNSUPPORTED_CODE, FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
-from serve_app.service import service_of
+from serve_app.http.generation import ChoiceDelta, TextRules, start
+from serve_app.http.json_body import read_json
+from serve_app.http.limits import MAX_CHOICES, MAX_TOKEN_ID
+from serve_app.http.logprobs import CompletionLogprobs
+from serve_app.http.reply import Reply
+from serve_app.http.schema import UNSUPPORTED_CODE, FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
+from serve_app.http.service import service_of
 
 Prompt = str | tuple[int, ...]
 

@@ -7,8 +7,8 @@ import orjson
 from starlette.requests import Request
 
 from engine.errors import InvalidRequest
-from serve_app.error_response import RefusedError
-from serve_app.limits import MAX_BODY_BYTES, MAX_JSON_CONTAINERS, MAX_JSON_DEPTH
+from serve_app.http.error_response import RefusedError
+from serve_app.http.limits import MAX_BODY_BYTES, MAX_JSON_CONTAINERS, MAX_JSON_DEPTH
 
 # curl sends form-urlencoded unless told otherwise, many scripts send nothing or text/plain: all mean JSON here.
 _ACCEPTED_TYPES = re.compile(r"|text/(plain|json)|application/((.+\+)?json|x-www-form-urlencoded|octet-stream)")

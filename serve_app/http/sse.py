@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve_app.disconnect import until_disconnect
+from serve_app.http.disconnect import until_disconnect
 
 DONE = b"data: [DONE]\n\n"
 # Proxies are asked neither to store the events nor to collect them.

@@ -1,0 +1,77 @@
+"""An engine without a model, which can be told to fail. It stands in for LLMEngine in the real deployments."""
+
+import time
+from dataclasses import dataclass
+
+from engine.request import FinishReason, Request, RequestOutput
+from engine.stats import EngineStats
+
+# A prompt that begins with one of these makes the engine do so; any other is answered.
+FAILS, CRASHES, HANGS, IS_FAST = 11, 12, 13, 14
+
+
+@dataclass
+class _Running:
+    request: Request
+    num_output_tokens: int = 0
+
+
+def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0) -> list[int]:
+    """What the engine says to a prompt."""
+    return [(sum(prompt_token_ids) + 1000 * choice_index + position) % 40_000 for position in range(count)]
+
+
+class FakeEngine:
+    """Duck-typed LLMEngine: one token for each request and step, a step every `step_s`."""
+
+    fingerprint = "fp_fake"
+    max_model_len = 4096
+    vocab_size = 49_152
+
+    def __init__(self, step_s: float = 0.002) -> None:
+        self._step_s = step_s
+        self._running: dict[str, _Running] = {}
+        self._num_steps = 0
+
+    def add(self, request: Request) -> None:
+        self._running[request.request_id] = _Running(request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        known = self._running.pop(request_id, None)
+        return None if known is None else RequestOutput(request_id, finish_reason=FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> list[RequestOutput]:
+        self._num_steps += 1
+        outputs = [self._advance(request_id, running) for request_id, running in self._running.items()]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._running[output.request_id]
+        time.sleep(self._step_s)
+        return outputs
+
+    def _advance(self, request_id: str, running: _Running) -> RequestOutput:
+        request = running.request
+        match request.prompt_token_ids[0]:
+            case 11 if running.num_output_tokens == 2:
+                return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error="the logits are not numbers")
+            case 12 if running.num_output_tokens == 2:
+                raise RuntimeError("the device is gone")
+            case 13 if running.num_output_tokens == 2:
+                time.sleep(3600)
+        count = request.sampling.max_tokens if request.prompt_token_ids[0] == IS_FAST else 1
+        tokens = answer(request.prompt_token_ids, running.num_output_tokens + count, request.choice_index)
+        new = tuple(tokens[running.num_output_tokens :])
+        running.num_output_tokens += count
+        ended = running.num_output_tokens >= request.sampling.max_tokens
+        return RequestOutput(request_id, new, finish_reason=FinishReason.LENGTH if ended else None)
+
+    def stats(self) -> EngineStats:
+        num = len(self._running)
+        return EngineStats(num_requests_running=num, num_blocks=100, num_blocks_in_use=num, num_steps=self._num_steps)
+
+    def check_integrity(self) -> None:
+        assert len(self._running) <= 10_000

@@ -1,0 +1,195 @@
+"""The whole service, live: Serve, HTTP, admission, engine and the default model on the CPU."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import Service
+
+MODEL = "smollm2-135m"
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def async_client(service: Service) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
+        time.sleep(0.02)
+
+
+def is_idle(service: Service) -> bool:
+    stats = service.stats()
+    return not (stats.num_requests_running or stats.num_requests_waiting or stats.num_blocks_in_use)
+
+
+def test_chat_answers_with_sense(client: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    completion = client.chat.completions.create(model=MODEL, messages=question, max_tokens=16, temperature=0)
+    assert "Paris" in completion.choices[0].message.content
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+
+
+def test_streamed_text_equals_unstreamed(client: openai.OpenAI) -> None:
+    arguments = {"model": MODEL, "prompt": "The moon is", "max_tokens": 12, "seed": 7, "temperature": 0.8}
+    whole = client.completions.create(**arguments).choices[0].text
+    chunks = list(client.completions.create(**arguments, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert len(chunks) > 1
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+async def test_concurrent_streams_equal_lone_ones(async_client: openai.AsyncOpenAI) -> None:
+    prompts = [f"Number {n} comes after" for n in range(8)]
+
+    async def run(prompt: str) -> str:
+        stream = await async_client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=8, seed=3, temperature=1.0, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    together = await asyncio.gather(*map(run, prompts))
+    assert together[:2] == [await run(prompt) for prompt in prompts[:2]]
+    assert len(set(together)) == len(prompts)
+
+
+def test_list_of_prompts_with_choices(client: openai.OpenAI) -> None:
+    prompts = ["One, two,", "Red, green,"]
+    arguments = {"model": MODEL, "max_tokens": 6, "seed": 5, "temperature": 1.0}
+    batch = client.completions.create(**arguments, prompt=prompts, n=2)
+    assert [choice.index for choice in batch.choices] == [0, 1, 2, 3]
+    for place, prompt in enumerate(prompts):
+        lone = client.completions.create(**arguments, prompt=prompt)
+        assert batch.choices[2 * place].text == lone.choices[0].text
+        assert batch.choices[2 * place + 1].text != lone.choices[0].text  # another choice, other noise
+
+
+def test_assigned_seed_reproduces(client: openai.OpenAI) -> None:
+    arguments = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 1.0}
+    first = client.completions.create(**arguments)
+    again = client.completions.create(**arguments, seed=first.seed)
+    assert again.choices[0].text == first.choices[0].text
+
+
+def test_stop_string_frees_the_request(client: openai.OpenAI, service: Service) -> None:
+    completion = client.completions.create(
+        model=MODEL, prompt="1, 2, 3, 4, 5,", max_tokens=400, temperature=0, stop=[" 8"]
+    )
+    assert completion.choices[0].finish_reason == "stop"
+    assert " 8" not in completion.choices[0].text
+    wait_until(lambda: is_idle(service))
+
+
+def test_streaming_client_that_leaves_frees_its_blocks(service: Service) -> None:
+    body = {"model": MODEL, "prompt": "Tell me everything.", "max_tokens": 450, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        assert service.stats().num_blocks_in_use > 0
+    wait_until(lambda: is_idle(service))
+
+
+def test_waiting_client_that_leaves_frees_its_blocks(service: Service) -> None:
+    """A request that does not stream, with several prompts and choices."""
+    body = {"model": MODEL, "prompt": ["Tell me", "And you"], "n": 2, "max_tokens": 450, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{service.url}/v1/completions", json=body, timeout=1.0)
+    assert service.stats().num_requests_running > 0
+    wait_until(lambda: is_idle(service))
+
+
+def test_prompt_past_the_context_says_both_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt=list(range(100, 700)), max_tokens=4)
+    assert "512" in caught.value.message
+    assert "600" in caught.value.message
+    assert caught.value.param == "prompt"
+
+
+def test_chat_past_the_context_names_messages(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 600}])
+    assert caught.value.param == "messages"
+
+
+def test_huge_prompt_is_refused_soon(client: openai.OpenAI) -> None:
+    started = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="more than"):
+        client.completions.create(model=MODEL, prompt="a longer story " * 500_000)
+    assert time.monotonic() - started < 10
+
+
+def test_max_tokens_past_the_context(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=510)
+    assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize("field", [{"prompt": [1, 2, 49152]}, {"prompt": "a", "logit_bias": {"49152": 1}}])
+def test_token_id_out_of_range(client: openai.OpenAI, field: dict[str, object]) -> None:
+    with pytest.raises(openai.BadRequestError, match="49151"):
+        client.completions.create(model=MODEL, max_tokens=4, **field)
+
+
+def test_no_max_tokens_means_the_rest_of_the_context(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "word " * 465}], extra_body={"ignore_eos": True}
+    )
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage.total_tokens == 512
+
+
+async def test_bad_requests_disturb_no_stream(async_client: openai.AsyncOpenAI, service: Service) -> None:
+    async def stream() -> str:
+        chunks = await async_client.completions.create(
+            model=MODEL, prompt="A long story:", max_tokens=60, seed=11, temperature=0.9, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    bad_bodies = [
+        b'{"model": "smollm2-135m", "prompt": ',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model": "smollm2-135m", "prompt": [1, 99999999]}',
+        b'{"model": "smollm2-135m", "prompt": "a", "max_tokens": -1}',
+        b'{"model": "smollm2-135m", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "smollm2-135m", "prompt": "\\ud800"}',
+        b'{"model": "smollm2-135m", "prompt": "' + b"x y " * 20_000 + b'"}',
+        b'{"model": "gpt-9", "prompt": "a"}',
+    ]
+    undisturbed = await stream()
+    async with httpx.AsyncClient(timeout=60) as http:
+
+        async def barrage() -> list[int]:
+            url, headers = f"{service.url}/v1/completions", {"content-type": "application/json"}
+            sent = [http.post(url, content=body, headers=headers) for body in bad_bodies * 4]
+            return [response.status_code for response in await asyncio.gather(*sent)]
+
+        disturbed, statuses = await asyncio.gather(stream(), barrage())
+    assert disturbed == undisturbed
+    assert set(statuses) <= {400, 404}
+
+
+def test_ready_and_models(service: Service, client: openai.OpenAI) -> None:
+    response = httpx.get(f"{service.url}/ready", timeout=10)
+    assert (response.status_code, response.json()["state"]) == (200, "ready")
+    assert httpx.get(f"{service.url}/health", timeout=10).status_code == 200
+    assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def test_nothing_is_left_over(service: Service) -> None:
+    """After all of the above."""
+    wait_until(lambda: is_idle(service))
