@@ -1,14 +1,13 @@
 """The text of one request as it grows: detokenized, and cut at the first stop string."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.tokenizer import IncrementalDetokenizer
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """What one push adds."""
+class TextDelta(NamedTuple):
+    """What one push adds. A named tuple, as one is made per request and step."""
 
     text: str  # to be sent
     num_tokens_used: int  # of the tokens pushed: up to the one that completed a stop string, else all
@@ -81,6 +80,8 @@ class TextStream:
 
     def _advance(self, new: str) -> tuple[str, str | None]:
         """Add text of the newest token; return what may be sent, and the stop string if there is one."""
+        if not self._held and self._first_characters.isdisjoint(new):
+            return new, None
         text = self._held + new
         if self._num_tokens > self._min_tokens and (found := self._find_stop(text)) is not None:
             self._ended = True

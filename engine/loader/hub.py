@@ -50,7 +50,7 @@ def _reporting_to(advance: Advance) -> type:
     lock = Lock()
     most_bytes = 0
 
-    class ReportingBar(hub_tqdm):  # type: ignore[misc]
+    class ReportingBar(hub_tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._counts_bytes = kwargs.get("unit") == "B"
             self._num_bytes = int(kwargs.get("initial") or 0)

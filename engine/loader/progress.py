@@ -80,8 +80,9 @@ class PlainProgress:
         self._write(f"{description}: done in {time.monotonic() - started_s:.1f} s")
 
 
-def progress_on(stream: TextIO = sys.stderr) -> Progress:
-    """A bar if `stream` is a terminal, else lines."""
+def progress_on(stream: TextIO | None = None) -> Progress:
+    """A bar if `stream` (None: standard error) is a terminal, else lines."""
+    stream = sys.stderr if stream is None else stream
     if stream.isatty():
         return TerminalProgress(stream)
     return PlainProgress(lambda line: print(line, file=stream, flush=True))

@@ -20,8 +20,9 @@ class Scheduler:
     steps, and then the next is first. Two large requests therefore cannot preempt each other in turn. The first of
     the waiting ones is admitted at the latest when nobody runs.
 
-    **Rows.** No more requests run than a step has rows: every decoding request gets its row in every step, and the
-    first prefill gets at least one, so neither waits for the other.
+    **Rows.** No more requests run than a step has rows, because one is admitted only into a step that has a row left
+    after each running request has got one. So every decoding request has its row in every step, and the first prefill
+    has at least one: neither waits for the other.
 
     **Blocks.** Admission takes blocks for all tokens that the request has, so only decoding ones ever need more. It
     leaves a free block for each running request and the new one: nobody outgrows that within `block_size` steps, so
@@ -31,7 +32,6 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, cache: BlockManager) -> None:
         self._config = config
         self._cache = cache
-        self._max_running = min(config.max_num_seqs, config.token_budget)
         self._max_chunk = min(config.max_prefill_chunk or config.token_budget, config.token_budget)
         self._entries: dict[str, Ranked] = {}
         self._waiting = RankedRequests()
@@ -154,7 +154,8 @@ class Scheduler:
         Raises:
             AssertionError: naming the request or the block that is wrong.
         """
-        assert len(self._running) <= self._max_running, f"{len(self._running)} run, {self._max_running} may"
+        max_running = min(self._config.max_num_seqs, self._config.token_budget)
+        assert len(self._running) <= max_running, f"{len(self._running)} run, {max_running} may"
         queued = {id(entry) for queue in (self._running, self._waiting) for entry in queue}
         assert queued == {id(entry) for entry in self._entries.values()}, (
             "a request is known but in no queue, or vice versa"
@@ -234,7 +235,7 @@ class Scheduler:
 
     def _admit(self, step: ScheduledStep, budget: int) -> None:
         """Start waiting requests in order while there are rows, seats and blocks. Nobody overtakes one that waits."""
-        while self._waiting and budget > 0 and len(self._running) < self._max_running:
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             entry = self._waiting[0]
             request = entry.request
             # Each running request has a block of its own (its last one is new at admission, and it takes the next one

@@ -38,17 +38,15 @@ def read_huggingface_tokenizer(folder: Path) -> TokenizerParts:
         backend = _read_backend(json_path)
     elif model_path.exists():
         # Files older than the setting mean the legacy way, in which they were trained.
-        legacy = config.get("legacy") is not False
-        backend = read_sentencepiece_model(model_path).build(legacy=legacy)
+        backend = read_sentencepiece_model(model_path).build(legacy=config.get("legacy") is not False)
         named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | named
-        config = {"add_bos_token": True, "add_eos_token": False} | config
     else:
         raise ModelError(f"{folder}: there is neither tokenizer.json nor tokenizer.model")
     _add_tokens(folder, backend, config, _special_texts(folder, settings, named))
     bos, eos = (_named_token(folder, backend, named, name) for name in ("bos_token", "eos_token"))
-    if "add_bos_token" in config or "add_eos_token" in config:
+    if not json_path.exists():  # tokenizer.json says itself what goes around a text, and wins
         backend.post_processor = bos_eos_processor(
-            bos if config.get("add_bos_token") else None, eos if config.get("add_eos_token") else None
+            bos if config.get("add_bos_token", True) else None, eos if config.get("add_eos_token", False) else None
         )
     ends = ([eos[1]] if eos else []) + _generation_ends(folder)
     return TokenizerParts(

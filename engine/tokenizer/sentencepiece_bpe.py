@@ -102,7 +102,7 @@ def _normalizer(rules: TextRules, prefix_every_stretch: bool) -> normalizers.Nor
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in ((r"\A +| +\z", ""), (" {2,}", " "))]
     if rules.add_space_prefix and prefix_every_stretch:
         steps.append(normalizers.Prepend(META_SPACE))
     steps.append(normalizers.Replace(" ", META_SPACE))

@@ -67,20 +67,20 @@ def _read_model(serialized: bytes) -> SentencePieceModel:
     pieces: list[str] = []
     scores: list[float] = []
     types: list[int] = []
-    trainer = _Fields(b"")
-    normalizer = _Fields(b"")
+    specs: dict[int, _Fields] = {}
     for number, value in _fields(serialized):
         if number == _PIECES:
             piece = _Fields(_as_bytes(value))
             pieces.append(piece.raw(_PIECE).decode("utf-8"))
             scores.append(_FLOAT.unpack(piece.raw(_SCORE, bytes(_FLOAT.size)))[0])
             types.append(_piece_type(piece.integer(_TYPE, PieceType.NORMAL), len(types)))
-        elif number == _TRAINER_SPEC:
-            trainer = _Fields(_as_bytes(value))
-        elif number == _NORMALIZER_SPEC:
-            normalizer = _Fields(_as_bytes(value))
+        elif number in (_TRAINER_SPEC, _NORMALIZER_SPEC):
+            specs[number] = _Fields(_as_bytes(value))
     if not pieces or len(set(pieces)) != len(pieces):
         raise _MalformedError("it has no pieces, or one twice")
+    if len(specs) != 2:
+        raise _MalformedError("trainer_spec or normalizer_spec is missing")
+    trainer, normalizer = specs[_TRAINER_SPEC], specs[_NORMALIZER_SPEC]
     model_type = trainer.integer(_MODEL_TYPE, 1)
     if _MODEL_TYPES.get(model_type) != "BPE":
         found = _MODEL_TYPES.get(model_type, model_type)

@@ -23,7 +23,8 @@ class TemplateSandbox:
     """Renders the given templates in a child process that is bounded in time and memory.
 
     The child starts with the first rendering (60 ms) and lives as long as this object. Safe to use from several
-    threads; they take turns. A rendering blocks for at most `template_worker.TIME_LIMIT_S` and a start.
+    threads; they take turns. A rendering blocks for at most `template_worker.CPU_LIMIT_S` and a start, on a machine that
+    is not too busy; for `template_worker.WALL_LIMIT_S` on any.
     """
 
     def __init__(self, templates: Mapping[str, str]) -> None:
@@ -82,8 +83,8 @@ class TemplateSandbox:
 
 def _why_dead(process: subprocess.Popen[bytes]) -> str:
     _end(process)
-    if process.returncode == -signal.SIGALRM:
-        return f"it takes longer than {template_worker.TIME_LIMIT_S} s"
+    if process.returncode in (-signal.SIGPROF, -signal.SIGALRM):
+        return f"it takes longer than {template_worker.CPU_LIMIT_S} s"
     return "it needs too much memory"
 
 
@@ -94,7 +95,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(BrokenPipeError):  # the rest of a frame that the child did not live to read
                 pipe.close()
     try:
-        process.wait(timeout=2 * template_worker.TIME_LIMIT_S)
+        process.wait(timeout=template_worker.WALL_LIMIT_S + 1.0)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -65,9 +65,15 @@ class Tokenizer:
         word is kept where a beginning would lose it.
         """
         if self._table is None:
-            return WindowedDetokenizer(self._backend, skip_special_tokens)
+            preceding = self._any_text_token() if continues_text else []
+            return WindowedDetokenizer(self._backend, skip_special_tokens, preceding)
         token_bytes = self._visible_bytes if skip_special_tokens else self._table.token_bytes
         return ByteDetokenizer(token_bytes, 0 if continues_text else self._table.num_leading_spaces)
+
+    def _any_text_token(self) -> list[int]:
+        """One token with text, to stand before a sequence."""
+        ids = (token_id for token_id in range(self.vocab_size) if self._backend.decode([token_id]).strip())
+        return [next(ids)]
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token steers the model and is no text."""
@@ -109,7 +115,7 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: (param "messages") there is no template; it refuses the messages; it is malformed or does
-                not end within a second or a gigabyte; or a message holds a lone surrogate.
+                not end within a second or 768 MiB; or a message holds a lone surrogate.
         """
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
