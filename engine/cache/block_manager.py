@@ -13,7 +13,7 @@ class _Lineage:
     """What is remembered of one request between steps. Tokens only ever grow, so hashes stay valid once made."""
 
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, from the first, as far as needed yet
-    num_registered: int = 0  # leading blocks of its block table whose contents are already in the pool's map
+    num_registered: int = 0  # leading blocks of its block table that the pool has been told of; set by admission
 
 
 class BlockManager:
@@ -82,8 +82,6 @@ class BlockManager:
         """Take the request's blocks, last first. What is registered of them can still be found, also by its return."""
         self.pool.free(reversed(request.block_table))
         request.block_table.clear()
-        if request in self._lineages:
-            self._lineages[request].num_registered = 0
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that will not return."""

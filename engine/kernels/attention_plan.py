@@ -36,10 +36,11 @@ class ChunkRows:
 
 @dataclass(frozen=True)
 class SplitWork:
-    """One split of keys and the tiles of a group that see some of it.
+    """One split of keys and the tiles of a group that see some of it; all of them see the group's first split.
 
     slots: int64 [A or 1, KV_SPLIT_TOKENS], 1 where all tiles belong to one request; ZERO_SLOT past the context.
-    hidden: bool [A, QUERY_TILE, KV_SPLIT_TOKENS], the keys that each row may not see; None if each sees all.
+    hidden: bool [A, 1, QUERY_TILE * group, KV_SPLIT_TOKENS], the keys that each row of a product may not see, `group`
+    query heads a row; None if each sees all.
     """
 
     tiles: slice
@@ -49,10 +50,15 @@ class SplitWork:
 
 @dataclass(frozen=True)
 class TileGroup:
-    """T tiles of query rows. rows: int64 [T, QUERY_TILE] into the batch; real: bool, False where a tile is padded."""
+    """T tiles of query rows.
+
+    rows: int64 [T * QUERY_TILE], the batch row in each place; a place that only fills its tile repeats another's.
+    real: int64 [R], the places that are not filling; real_rows: int64 [R], their batch rows.
+    """
 
     rows: torch.Tensor
     real: torch.Tensor
+    real_rows: torch.Tensor
     splits: list[SplitWork]
 
 
@@ -64,12 +70,12 @@ class AttentionPlan:
 
 
 def plan_attention(
-    chunks: Sequence[ChunkRows], block_size: int, sliding_window: int | None, device: torch.device
+    chunks: Sequence[ChunkRows], block_size: int, group: int, sliding_window: int | None, device: torch.device
 ) -> AttentionPlan:
-    """Cut a step's chunks into tiles and splits."""
+    """Cut a step's chunks into tiles and splits. `group`: query heads for each key-value head."""
     # Longest first: the tiles that see a given split are then neighbours.
     single = sorted((c for c in chunks if c.num_rows == 1), key=lambda c: -c.context_len)
-    planner = _Planner(block_size, sliding_window, device)
+    planner = _Planner(block_size, group, sliding_window, device)
     groups = [planner.decodes(single[i : i + DECODE_TILES]) for i in range(0, len(single), DECODE_TILES)]
     rows = CHUNK_TILES * QUERY_TILE
     for chunk in chunks:
@@ -88,14 +94,14 @@ def _pieces(chunk: ChunkRows, rows: int) -> list[ChunkRows]:
 @dataclass(frozen=True)
 class _Planner:
     block_size: int
+    group: int
     sliding_window: int | None
     device: torch.device
 
     def decodes(self, chunks: Sequence[ChunkRows]) -> TileGroup:
         """One tile a request; each has its own keys."""
-        rows = torch.tensor([[c.row_start] * QUERY_TILE for c in chunks], device=self.device)
-        real = torch.zeros_like(rows, dtype=torch.bool)
-        real[:, 0] = True
+        real_rows = torch.tensor([c.row_start for c in chunks], device=self.device)
+        real = torch.arange(len(chunks), device=self.device) * QUERY_TILE
         first = torch.tensor([c.first_position for c in chunks], device=self.device)
         splits = []
         for split in range((chunks[0].context_len - 1) // KV_SPLIT_TOKENS + 1):
@@ -105,14 +111,14 @@ class _Planner:
                 continue
             slots = torch.tensor([self._slots(c, start) for c in chunks[:seeing]], device=self.device)
             splits.append(self._split(slice(0, seeing), start, slots, first[:seeing]))
-        return TileGroup(rows, real, splits)
+        return TileGroup(real_rows.repeat_interleave(QUERY_TILE), real, real_rows, splits)
 
     def chunk(self, chunk: ChunkRows) -> TileGroup:
         """Tiles of consecutive rows of one request, which share its keys."""
         offsets = torch.arange(0, chunk.num_rows, QUERY_TILE, device=self.device)
-        within = offsets[:, None] + torch.arange(QUERY_TILE, device=self.device)
-        real = within < chunk.num_rows
-        rows = chunk.row_start + within.clamp(max=chunk.num_rows - 1)
+        places = torch.arange(len(offsets) * QUERY_TILE, device=self.device)
+        rows = chunk.row_start + places.clamp(max=chunk.num_rows - 1)
+        real = places[: chunk.num_rows]
         first = chunk.first_position + offsets
         splits = []
         for split in range((chunk.context_len - 1) // KV_SPLIT_TOKENS + 1):
@@ -123,7 +129,7 @@ class _Planner:
             before = max(0, (start - chunk.first_position) // QUERY_TILE)
             slots = torch.tensor([self._slots(chunk, start)], device=self.device)
             splits.append(self._split(slice(before, len(offsets)), start, slots, first[before:]))
-        return TileGroup(rows, real, splits)
+        return TileGroup(rows, real, chunk.row_start + real, splits)
 
     def _behind_window(self, split_start: int, earliest_query: int) -> bool:
         """True if the split lies wholly before what the earliest query still sees."""
@@ -144,4 +150,6 @@ class _Planner:
         hidden = keys > queries
         if self.sliding_window is not None:
             hidden |= keys <= queries - self.sliding_window
-        return SplitWork(tiles, slots, hidden if bool(hidden.any()) else None)
+        if not bool(hidden.any()):
+            return SplitWork(tiles, slots, None)
+        return SplitWork(tiles, slots, hidden.repeat_interleave(self.group, dim=1)[:, None])

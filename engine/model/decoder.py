@@ -31,7 +31,10 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights of one layer. `qkv` stacks the query, key and value projections; `gate_up` gate and up."""
+    """Weights of one layer. `qkv` stacks the query, key and value projections; `gate_up` gate and up.
+
+    Norms are float32, whatever the format of the rest.
+    """
 
     input_norm: torch.Tensor
     qkv: Linear
@@ -70,7 +73,8 @@ class Decoder:
         """Run one step; writes its KV. Returns the logits of `batch.logit_rows`: float32 [S, vocab_size]."""
         hidden = F.embedding(batch.token_ids, self._embedding)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        plan = plan_attention(batch.chunks, kv_cache.block_size, self.config.sliding_window, self.device)
+        group = self.config.num_heads // self.config.num_kv_heads
+        plan = plan_attention(batch.chunks, kv_cache.block_size, group, self.config.sliding_window, self.device)
         for index, layer in enumerate(self._layers):
             attended = self._attention(layer, hidden, (cos, sin), batch.slot_mapping, plan, kv_cache.layer(index))
             hidden = hidden + layer.o(attended)

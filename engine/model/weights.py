@@ -91,7 +91,8 @@ class _TensorStream:
         self._total = len(expected_tensors(checkpoint.config))
 
     def take(self, name: str) -> torch.Tensor:
-        tensor = self._checkpoint.load(name).to(device=self._device, dtype=self._dtype)
+        dtype = torch.float32 if name.endswith("norm.weight") else self._dtype
+        tensor = self._checkpoint.load(name).to(device=self._device, dtype=dtype)
         self._taken += 1
         self._on_progress(self._taken, self._total)
         return tensor

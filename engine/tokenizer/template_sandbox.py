@@ -23,8 +23,8 @@ class TemplateSandbox:
     """Renders the given templates in a child process that is bounded in time and memory.
 
     The child starts with the first rendering (60 ms) and lives as long as this object. Safe to use from several
-    threads; they take turns. A rendering blocks for at most `template_worker.CPU_LIMIT_S` and a start, on a machine that
-    is not too busy; for `template_worker.WALL_LIMIT_S` on any.
+    threads; they take turns. A rendering blocks for at most `template_worker.CPU_LIMIT_S` and a start; on a machine
+    that is too busy, for `template_worker.WALL_LIMIT_S`.
     """
 
     def __init__(self, templates: Mapping[str, str]) -> None:
@@ -60,6 +60,9 @@ class TemplateSandbox:
             reply = read_frame(process.stdout)
         except BrokenPipeError:
             reply = None
+        except BaseException:  # interrupted: what is in the pipes belongs to nobody, so the next one gets new ones
+            self._process = None
+            raise
         if reply is None:
             self._process = None
             raise InvalidRequest(f"the chat template failed on these messages: {_why_dead(process)}", "messages")

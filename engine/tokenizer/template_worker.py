@@ -7,7 +7,8 @@ native code in a process that must live. So the operating system bounds this one
 takes too long, a limit on its address space when one grows too large. `engine.tokenizer.template_sandbox` is the other
 end of its pipes and starts another.
 
-Run as a script, never imported by the server. It imports nothing of `engine`, which keeps its start short (60 ms).
+Run as a script; the server takes only the limits and the frames from here. It imports nothing of `engine`, which keeps
+its start short (60 ms).
 
 Frames, both ways: a little-endian u32 of the payload's bytes, then the payload. In: JSON, first the templates by name,
 then one object `{"template": name, "variables": {...}}` per rendering. Out: an empty frame once the templates are
@@ -35,6 +36,7 @@ CPU_LIMIT_S = 0.6  # of one rendering, so that it answers within a second; 32 Mi
 WALL_LIMIT_S = 5.0  # ends what computes nothing and yet does not end; a busy machine alone must not reach it
 MEMORY_LIMIT_BYTES = 768 * 1024**2  # address space of the whole process; 32 MiB of messages need 470 MB
 MAX_RENDERED_BYTES = 64 * 1024**2
+MAX_REASON_CHARS = 300  # a template may put a whole message into its error
 # One unit is one instruction or some dozens of bytes copied; 200,000 of them take about 5 ms. Longer messages need
 # more: about one unit per 8 bytes in common templates, so one per byte is ample.
 BASE_FUEL = 2_000_000
@@ -99,16 +101,18 @@ def _scope_tag(match: re.Match[str]) -> str:
 
 def describe(error: BaseException) -> str:
     """What went wrong, on one line."""
-    if isinstance(error, TemplateRaisedError):
-        return " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        return "it needs too much memory"
-    if not isinstance(error, minijinja.TemplateError):
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    if error.kind == "OutOfFuel":
-        return "it takes too many steps"
-    detail = error.detail or error.message.splitlines()[0]
-    return " ".join(f"{detail}{f' (line {error.line})' if error.line else ''}".split())
+        reason = "it needs too much memory"
+    elif isinstance(error, TemplateRaisedError):
+        reason = str(error)
+    elif not isinstance(error, minijinja.TemplateError):
+        reason = f"{type(error).__name__}: {error}"
+    elif error.kind == "OutOfFuel":
+        reason = "it takes too many steps"
+    else:
+        reason = (error.detail or error.message) + (f" (line {error.line})" if error.line else "")
+    reason = " ".join(reason[: 4 * MAX_REASON_CHARS].split())
+    return reason if len(reason) <= MAX_REASON_CHARS else reason[:MAX_REASON_CHARS] + "…"
 
 
 def render(environment: minijinja.Environment, name: str, variables: dict[str, Any], fuel: int) -> tuple[bytes, str]:

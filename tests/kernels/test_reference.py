@@ -16,7 +16,7 @@ def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
     """Awkward widths: tails of vectors are where the bits would differ."""
     for width in (61, 144, 576, 1000):
         x = torch.randn(24, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype)
-        weight = torch.randn(2 * width).to(dtype)
+        weight = torch.randn(2 * width)
         for rows in (slice(0, 1), slice(3, 4), slice(5, 21), slice(23, 24)):
             assert torch.equal(rms_norm(x[rows], weight, 1e-5), rms_norm(x, weight, 1e-5)[rows])
             assert torch.equal(silu_mul(x[rows]), silu_mul(x)[rows])
@@ -58,7 +58,7 @@ def test_attention_equals_torch(window: int | None, block_size: int, head_dim: i
     for table, length, count in zip(tables, lengths, queries, strict=True):
         chunks.append(ChunkRows(start, count, length - count, table))
         start += count
-    plan = plan_attention(chunks, block_size, window, CPU)
+    plan = plan_attention(chunks, block_size, heads // kv_heads, window, CPU)
     scale = head_dim**-0.5
     out = paged_attention(q, k_cache, v_cache, plan, scale)
     for chunk, k, v in zip(chunks, keys, values, strict=True):
@@ -83,11 +83,11 @@ def test_attention_does_not_depend_on_the_cut() -> None:
     q = torch.randn(700, 4, 32)
     for window in (None, 100):
         whole = paged_attention(
-            q, k_cache, v_cache, plan_attention([ChunkRows(0, 700, 0, tables[0])], 16, window, CPU), 0.2
+            q, k_cache, v_cache, plan_attention([ChunkRows(0, 700, 0, tables[0])], 16, 2, window, CPU), 0.2
         )
         for size, stride in ((1, 37), (3, 41), (130, 130), (256, 256)):
             for first in range(0, 700, stride):
                 count = min(size, 700 - first)
-                plan = plan_attention([ChunkRows(0, count, first, tables[0])], 16, window, CPU)
+                plan = plan_attention([ChunkRows(0, count, first, tables[0])], 16, 2, window, CPU)
                 part = paged_attention(q[first : first + count], k_cache, v_cache, plan, 0.2)
                 assert torch.equal(part, whole[first : first + count])

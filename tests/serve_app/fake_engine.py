@@ -1,5 +1,6 @@
 """An engine without a model, which can be told to fail. It stands in for LLMEngine in the real deployments."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -7,13 +8,17 @@ from engine.request import FinishReason, Request, RequestOutput
 from engine.stats import EngineStats
 
 # A prompt that begins with one of these makes the engine do so; any other is answered.
-FAILS, CRASHES, HANGS, IS_FAST = 11, 12, 13, 14
+FAILS, CRASHES, DIES, IS_FAST, IS_SILENT = range(11, 16)
 
 
 @dataclass
 class _Running:
     request: Request
     num_output_tokens: int = 0
+
+    @property
+    def prompt_kind(self) -> int:
+        return self.request.prompt_token_ids[0]
 
 
 def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0) -> list[int]:
@@ -46,7 +51,8 @@ class FakeEngine:
 
     def step(self) -> list[RequestOutput]:
         self._num_steps += 1
-        outputs = [self._advance(request_id, running) for request_id, running in self._running.items()]
+        audible = {key: running for key, running in self._running.items() if running.prompt_kind != IS_SILENT}
+        outputs = [self._advance(request_id, running) for request_id, running in audible.items()]
         for output in outputs:
             if output.finish_reason is not None:
                 del self._running[output.request_id]
@@ -55,14 +61,14 @@ class FakeEngine:
 
     def _advance(self, request_id: str, running: _Running) -> RequestOutput:
         request = running.request
-        match request.prompt_token_ids[0]:
-            case 11 if running.num_output_tokens == 2:
-                return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error="the logits are not numbers")
-            case 12 if running.num_output_tokens == 2:
-                raise RuntimeError("the device is gone")
-            case 13 if running.num_output_tokens == 2:
-                time.sleep(3600)
-        count = request.sampling.max_tokens if request.prompt_token_ids[0] == IS_FAST else 1
+        kind = running.prompt_kind
+        if running.num_output_tokens == 2 and kind == FAILS:
+            return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error="the logits are not numbers")
+        if running.num_output_tokens == 2 and kind == CRASHES:
+            raise RuntimeError("the device is gone")
+        if running.num_output_tokens == 2 and kind == DIES:
+            os._exit(1)
+        count = request.sampling.max_tokens if kind == IS_FAST else 1
         tokens = answer(request.prompt_token_ids, running.num_output_tokens + count, request.choice_index)
         new = tuple(tokens[running.num_output_tokens :])
         running.num_output_tokens += count

@@ -19,8 +19,8 @@ def client(service: Service) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-@pytest.fixture
 def async_client(service: Service) -> openai.AsyncOpenAI:
+    """For one event loop, so for one test."""
     return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
@@ -53,18 +53,22 @@ def test_streamed_text_equals_unstreamed(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-async def test_concurrent_streams_equal_lone_ones(async_client: openai.AsyncOpenAI) -> None:
-    prompts = [f"Number {n} comes after" for n in range(8)]
+async def stream_text(client: openai.AsyncOpenAI, prompt: str, max_tokens: int, seed: int) -> str:
+    chunks = await client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=max_tokens, seed=seed, temperature=1.0, stream=True
+    )
+    return "".join([chunk.choices[0].text async for chunk in chunks])
 
-    async def run(prompt: str) -> str:
-        stream = await async_client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=8, seed=3, temperature=1.0, stream=True
-        )
-        return "".join([chunk.choices[0].text async for chunk in stream])
 
-    together = await asyncio.gather(*map(run, prompts))
-    assert together[:2] == [await run(prompt) for prompt in prompts[:2]]
-    assert len(set(together)) == len(prompts)
+def test_concurrent_streams_equal_lone_ones(service: Service) -> None:
+    async def run() -> None:
+        async with async_client(service) as client:
+            calls = [(client, f"Number {n} comes after", 8, n) for n in range(8)]
+            together = await asyncio.gather(*(stream_text(*call) for call in calls))
+            assert together[:2] == [await stream_text(*call) for call in calls[:2]]
+            assert len(set(together)) == len(calls)
+
+    asyncio.run(run())
 
 
 def test_list_of_prompts_with_choices(client: openai.OpenAI) -> None:
@@ -152,35 +156,33 @@ def test_no_max_tokens_means_the_rest_of_the_context(client: openai.OpenAI) -> N
     assert completion.usage.total_tokens == 512
 
 
-async def test_bad_requests_disturb_no_stream(async_client: openai.AsyncOpenAI, service: Service) -> None:
-    async def stream() -> str:
-        chunks = await async_client.completions.create(
-            model=MODEL, prompt="A long story:", max_tokens=60, seed=11, temperature=0.9, stream=True
-        )
-        return "".join([chunk.choices[0].text async for chunk in chunks])
+BAD_BODIES = [
+    b'{"model": "smollm2-135m", "prompt": ',
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"model": "smollm2-135m", "prompt": [1, 99999999]}',
+    b'{"model": "smollm2-135m", "prompt": "a", "max_tokens": -1}',
+    b'{"model": "smollm2-135m", "prompt": "a", "temperature": 1e999}',
+    b'{"model": "smollm2-135m", "prompt": "\\ud800"}',
+    b'{"model": "smollm2-135m", "prompt": "' + b"x y " * 20_000 + b'"}',
+    b'{"model": "gpt-9", "prompt": "a"}',
+]
 
-    bad_bodies = [
-        b'{"model": "smollm2-135m", "prompt": ',
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"model": "smollm2-135m", "prompt": [1, 99999999]}',
-        b'{"model": "smollm2-135m", "prompt": "a", "max_tokens": -1}',
-        b'{"model": "smollm2-135m", "prompt": "a", "temperature": 1e999}',
-        b'{"model": "smollm2-135m", "prompt": "\\ud800"}',
-        b'{"model": "smollm2-135m", "prompt": "' + b"x y " * 20_000 + b'"}',
-        b'{"model": "gpt-9", "prompt": "a"}',
-    ]
-    undisturbed = await stream()
-    async with httpx.AsyncClient(timeout=60) as http:
 
-        async def barrage() -> list[int]:
-            url, headers = f"{service.url}/v1/completions", {"content-type": "application/json"}
-            sent = [http.post(url, content=body, headers=headers) for body in bad_bodies * 4]
-            return [response.status_code for response in await asyncio.gather(*sent)]
+def test_bad_requests_disturb_no_stream(service: Service) -> None:
+    async def barrage(http: httpx.AsyncClient) -> list[int]:
+        url, headers = f"{service.url}/v1/completions", {"content-type": "application/json"}
+        sent = [http.post(url, content=body, headers=headers) for body in BAD_BODIES * 4]
+        return [response.status_code for response in await asyncio.gather(*sent)]
 
-        disturbed, statuses = await asyncio.gather(stream(), barrage())
-    assert disturbed == undisturbed
-    assert set(statuses) <= {400, 404}
+    async def run() -> None:
+        async with async_client(service) as client, httpx.AsyncClient(timeout=60) as http:
+            undisturbed = await stream_text(client, "A long story:", 60, 11)
+            disturbed, statuses = await asyncio.gather(stream_text(client, "A long story:", 60, 11), barrage(http))
+            assert disturbed == undisturbed
+            assert set(statuses) == {400, 404}
+
+    asyncio.run(run())
 
 
 def test_ready_and_models(service: Service, client: openai.OpenAI) -> None:

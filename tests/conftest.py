@@ -1,0 +1,78 @@
+"""What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SERVICE_ARGUMENTS = {
+    "device": "cpu",
+    "max_model_len": "512",
+    "max_num_seqs": "32",
+    "token_budget": "256",
+    "num_kv_blocks": "512",
+    "max_queued_requests": "256",
+}
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The default model, fetched into the user's cache if it is not there."""
+    from engine.loader.catalogue import DEFAULT_MODEL
+    from engine.loader.fetch import resolve_model
+    from engine.loader.progress import PlainProgress
+    from serve_app.config import cache_dir
+
+    return resolve_model(DEFAULT_MODEL, cache_dir=cache_dir(), progress=PlainProgress(print))
+
+
+@pytest.fixture(scope="session")
+def serve_cluster() -> Iterator[str]:
+    """Ray and Serve for the whole session; the base URL of Serve's proxy."""
+    import ray
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # More logical CPUs than the machine may have: what is scarce here is cores, not Ray's count of them.
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Service:
+    """The application under test: `url` is its root, `application` its name in Serve."""
+
+    url: str
+    application: str
+
+    def stats(self):  # type: ignore[no-untyped-def]
+        """EngineStats of its engine replica."""
+        from ray import serve
+
+        handle = serve.get_deployment_handle("engine", self.application)
+        return handle.stats.remote().result(timeout_s=10)
+
+
+@pytest.fixture(scope="session")
+def service(serve_cluster: str, default_model_path: Path) -> Service:  # noqa: ARG001 - fetched before replicas start
+    """The default model behind the whole service, on the CPU."""
+    from ray import serve
+
+    from serve_app import app
+
+    serve.run(app(dict(SERVICE_ARGUMENTS)), name="default", route_prefix="/")
+    return Service(serve_cluster, "default")

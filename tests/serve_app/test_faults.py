@@ -1,0 +1,243 @@
+"""Failures of engines and behaviour of clients, over the real deployments with a scripted engine in two replicas."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from engine.request import FinishReason, RequestOutput, SamplingParams
+from engine.stats import EngineStats
+from serve_app.app import bind, load_served_model
+from serve_app.config import parse_config
+from serve_app.engine_client import EngineClient
+from serve_app.group import PlacedPrompt
+from serve_app.messages import SubmittedPrompt
+from serve_app.replica_registry import ReplicaGoneError
+from serve_app.token_stream import RequestStream
+from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, FakeEngine, answer
+
+APPLICATION = "scripted"
+MAX_QUEUED = 8
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def url(serve_cluster: str, default_model_path: Path) -> Iterator[str]:  # noqa: ARG001 - replicas find it in the cache
+    config = parse_config({"device": "cpu", "engine_replicas": 2, "max_queued_requests": MAX_QUEUED})
+    application = bind(config, FakeEngine, partial(load_served_model, config))
+    serve.run(application, name=APPLICATION, route_prefix=f"/{APPLICATION}")
+    yield f"{serve_cluster}/{APPLICATION}/v1/completions"
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
+
+
+def body(*first_tokens: int, max_tokens: int = 20, **fields: Any) -> dict[str, Any]:
+    """A completion request of prompts of two tokens each."""
+    prompts = [[token, 100 + place] for place, token in enumerate(first_tokens)]
+    return {"model": "smollm2-135m", "prompt": prompts, "max_tokens": max_tokens, **fields}
+
+
+def all_stats() -> list[EngineStats]:
+    return serve.get_deployment_handle("engine", APPLICATION).broadcast("stats").results(timeout_s=10)
+
+
+def num_running() -> int:
+    return sum(stats.num_requests_running for stats in all_stats())
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
+        time.sleep(0.02)
+
+
+def with_client(test: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
+    """Runs `test` with an engine client in this process, beside the ingress's own."""
+
+    async def run() -> None:
+        client = EngineClient(serve.get_deployment_handle("engine", APPLICATION), f"test{time.monotonic_ns()}")
+        try:
+            await asyncio.wait_for(test(client), 60)
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+
+
+async def replicas_known(client: EngineClient, count: int) -> tuple[str, ...]:
+    """The router hears of the replicas a moment after the handle is made."""
+    while len(client.running_replicas()) < count:
+        await asyncio.sleep(0.02)
+    return client.running_replicas()
+
+
+def placed(client: EngineClient, prompt: list[int], max_tokens: int) -> PlacedPrompt:
+    name = client.unique_request_id("r")
+    sampling = SamplingParams(seed=1, max_tokens=max_tokens)
+    return PlacedPrompt(SubmittedPrompt(prompt, sampling, [(name, 0)]), [RequestStream(name, lambda: None)])
+
+
+async def read_all(stream: RequestStream) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_one_member_of_eight_is_cancelled_and_only_it_stops(url: str) -> None:  # noqa: ARG001
+    async def test(client: EngineClient) -> None:
+        await replicas_known(client, 2)
+        prompts = [[5, place] for place in range(8)]
+        members = [placed(client, prompt, 400) for prompt in prompts]
+        openings = await asyncio.gather(*client.submit(members))
+        assert len({opening.replica_id for opening in openings}) == 2  # spread over both
+        await anext(members[3].streams[0])
+        members[3].streams[0].abort()
+        outputs = await asyncio.gather(*(read_all(member.streams[0]) for member in members))
+        assert outputs[3][-1].finish_reason is FinishReason.ABORT
+        assert len(tokens_of(outputs[3])) < 390
+        for place in {*range(8)} - {3}:
+            assert tokens_of(outputs[place]) == answer(prompts[place], 400)
+
+    with_client(test)
+    wait_until(lambda: num_running() == 0)
+
+
+def test_aborted_member_is_freed_while_its_siblings_run(url: str) -> None:  # noqa: ARG001
+    async def test(client: EngineClient) -> None:
+        members = [placed(client, [IS_SILENT, 1], 10) for _ in range(3)]
+        await asyncio.gather(*client.submit(members))
+        members[0].streams[0].abort()
+        await asyncio.to_thread(wait_until, lambda: num_running() == 2)
+        members[1].streams[0].abort()
+        members[2].streams[0].abort()
+        await asyncio.to_thread(wait_until, lambda: num_running() == 0)
+
+    with_client(test)
+
+
+def test_abort_before_the_group_has_opened(url: str) -> None:  # noqa: ARG001
+    async def test(client: EngineClient) -> None:
+        members = [placed(client, [5, 5], 2000) for _ in range(4)]
+        openings = client.submit(members)
+        for member in members[:3]:
+            member.streams[0].abort()
+        await asyncio.wait(openings)
+        await openings[3]
+        await asyncio.to_thread(wait_until, lambda: num_running() == 1)
+        members[3].streams[0].abort()
+        await asyncio.to_thread(wait_until, lambda: num_running() == 0)
+
+    with_client(test)
+
+
+def test_outputs_merge_while_the_reader_is_away(url: str) -> None:  # noqa: ARG001
+    async def test(client: EngineClient) -> None:
+        member = placed(client, [5, 5], 300)
+        client.submit([member])
+        stream = member.streams[0]
+        while not stream.finished:
+            await asyncio.sleep(0.05)
+        outputs = await read_all(stream)
+        assert len(outputs) == 1
+        assert tokens_of(outputs) == answer([5, 5], 300)
+
+    with_client(test)
+
+
+def test_fast_engine_loses_no_token_for_want_of_credit(url: str) -> None:  # noqa: ARG001
+    async def test(client: EngineClient) -> None:
+        members = [placed(client, [5, place], 400) for place in range(32)]
+        for member in members:
+            client.submit([member])  # a group each
+        outputs = await asyncio.gather(*(read_all(member.streams[0]) for member in members))
+        for place, output in enumerate(outputs):
+            assert tokens_of(output) == answer([5, place], 400)
+
+    with_client(test)
+
+
+def test_call_to_a_replica_that_has_left_fails_at_once(url: str) -> None:  # noqa: ARG001
+    handle = serve.get_deployment_handle("engine", APPLICATION)
+
+    async def test(client: EngineClient) -> None:
+        await replicas_known(client, 2)
+        with pytest.raises(ReplicaGoneError, match="nobody"):
+            await asyncio.wait_for(handle.stats.remote(replica_id="nobody"), 5)
+        for replica_id in client.running_replicas():  # and named calls reach whom they name
+            status = await handle.status.remote(replica_id=replica_id)
+            assert replica_id.encode() in status
+
+    with_client(test)
+
+
+def test_failed_request_leaves_its_siblings_alone(url: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(httpx.post, url, json=body(FAILS), timeout=30)
+        other = pool.submit(httpx.post, url, json=body(5, max_tokens=300), timeout=30)
+    assert failing.result().status_code == 500
+    assert "logits" in failing.result().json()["error"]["message"]
+    assert other.result().json()["usage"]["completion_tokens"] == 300
+
+
+def test_failed_stream_ends_with_an_error_event(url: str) -> None:
+    with httpx.stream("POST", url, json=body(FAILS, stream=True), timeout=30) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200
+    assert any('"error"' in line and "logits" in line for line in lines)
+
+
+def test_fuller_queue_than_allowed_is_429(url: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        silent = pool.submit(httpx.post, url, json=body(*[IS_SILENT] * MAX_QUEUED), timeout=4)
+        wait_until(lambda: num_running() == MAX_QUEUED)
+        refused = httpx.post(url, json=body(IS_FAST), timeout=10)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        with pytest.raises(httpx.ReadTimeout):
+            silent.result()
+    wait_until(lambda: num_running() == 0)
+    assert httpx.post(url, json=body(IS_FAST), timeout=10).status_code == 200
+
+
+def test_more_choices_than_the_queue_holds_is_the_clients_mistake(url: str) -> None:
+    assert httpx.post(url, json=body(5, n=MAX_QUEUED + 1), timeout=10).status_code == 400
+
+
+@pytest.mark.parametrize("fault", [CRASHES, DIES])
+def test_broken_engine_ends_its_streams_and_is_replaced(url: str, fault: int) -> None:
+    """CRASHES ends the engine's thread, DIES the whole process."""
+    with httpx.stream("POST", url, json=body(fault, stream=True), timeout=30) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert '"error"' in lines[-1] or '"error"' in lines[-2]
+    for _ in range(6):  # the other replica serves meanwhile
+        assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
+
+    def both_are_well() -> bool:
+        deployment = serve.status().applications[APPLICATION].deployments["engine"]
+        return deployment.status == "HEALTHY" and deployment.replica_states == {"RUNNING": 2}
+
+    wait_until(lambda: not both_are_well(), 30)
+    wait_until(both_are_well, 60)
+    assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
+
+
+def test_running_stream_ends_well_when_the_application_is_deleted(url: str) -> None:
+    """The last test of this module: a drain lets streams finish."""
+    with ThreadPoolExecutor() as pool, httpx.stream("POST", url, json=body(5, max_tokens=900, stream=True)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        deletion = pool.submit(serve.delete, APPLICATION)
+        rest = [line for line in lines if line]
+        deletion.result()
+    assert rest[-1] == "data: [DONE]"
+    assert '"length"' in rest[-2]
