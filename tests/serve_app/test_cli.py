@@ -1,7 +1,6 @@
 """`serve run` and Serve config files: what goes wrong ends in one line."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys

@@ -1,0 +1,50 @@
+import socket
+from pathlib import Path
+
+import pytest
+from ray.serve.exceptions import RayServeException
+
+import serve_app
+from engine.errors import ConfigError, ModelError
+from serve_app.app import app, check_model
+from serve_app.config import parse_config
+from serve_app.launch import check_http_port, in_command_line, starts_ray_here
+
+
+def test_the_package_exports_the_builder() -> None:
+    """Not the module of the same name, by which Serve would be served a module."""
+    assert serve_app.app is app
+
+
+def test_not_in_the_command_line() -> None:
+    assert not in_command_line()
+    assert not starts_ray_here()
+
+
+def test_in_a_program_a_wrong_argument_raises_one_line() -> None:
+    with pytest.raises(RayServeException) as caught:
+        app({"dtype": "fp8"})
+    assert str(caught.value) == "slipstream: dtype must be one of auto, float32, bfloat16, float16, not 'fp8'"
+
+
+def test_broken_model_is_named_before_a_replica_starts(tmp_path: Path) -> None:
+    broken = tmp_path / "cut.gguf"
+    broken.write_bytes(b"GGUF\x03\x00")
+    with pytest.raises(RayServeException, match=r"^slipstream: .*cut\.gguf.*$"):
+        app({"model": str(broken), "device": "cpu"})
+
+
+def test_model_that_is_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        check_model(parse_config({"model": str(tmp_path / "missing.gguf"), "device": "cpu"}))
+
+
+def test_busy_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("serve_app.launch.HTTPOptions", lambda: type("O", (), {"host": "127.0.0.1", "port": port}))
+        taken.listen()
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+            check_http_port()
+    check_http_port()  # free again, although the connection may linger

@@ -1,0 +1,199 @@
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from engine.request import FinishReason, RequestOutput, SamplingParams
+from serve_app import group_stream
+from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, SubmittedPrompt, TokenFrame, decode_frame
+
+Test = Callable[[GroupStream, "Reader"], Awaitable[None]]
+
+
+class Reader:
+    """Takes frames without ever waiting longer than the loop needs to settle."""
+
+    def __init__(self, group: GroupStream) -> None:
+        self.group = group
+        self.frames: list[TokenFrame | Heartbeat] = []
+        self.ended = False
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for data in self.group.frames():
+            frame = decode_frame(data)
+            assert isinstance(frame, TokenFrame | Heartbeat)
+            self.frames.append(frame)
+        self.ended = True
+
+    async def settle(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    def tokens(self, member: int) -> list[int]:
+        frames = [frame for frame in self.frames if isinstance(frame, TokenFrame)]
+        outputs = [output for frame in frames for output in frame.outputs if output.member == member]
+        return [id_ for output in outputs for id_ in output.token_ids]
+
+
+def run(test: Test, members: int = 2) -> None:
+    async def main() -> None:
+        group = GroupStream([f"r{member}" for member in range(members)], lambda: 3)
+        reader = Reader(group)
+        try:
+            await test(group, reader)
+        finally:
+            reader.task.cancel()
+
+    asyncio.run(main())
+
+
+def output(member: int, token: int, reason: FinishReason | None = None) -> RequestOutput:
+    return RequestOutput(f"r{member}", (token,), finish_reason=reason)
+
+
+def test_requests_of_a_submission() -> None:
+    sampling = SamplingParams(seed=1)
+    prompts = [
+        SubmittedPrompt([1, 2], sampling, [("a", 0), ("b", 1)], priority=2),
+        SubmittedPrompt([3], sampling, [("c", 0)]),
+    ]
+    requests = requests_of(Submission("g", 0, prompts))
+    assert [(r.request_id, r.prompt_token_ids, r.choice_index, r.priority) for r in requests] == [
+        ("a", [1, 2], 0, 2),
+        ("b", [1, 2], 1, 2),
+        ("c", [3], 0, 0),
+    ]
+
+
+def test_one_frame_for_all_outputs_of_a_step() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.add([output(0, 10), output(1, 20)])
+        await reader.settle()
+        [frame] = reader.frames
+        assert isinstance(frame, TokenFrame)
+        assert [(member.member, member.token_ids) for member in frame.outputs] == [(0, [10]), (1, [20])]
+        assert (frame.sequence, frame.num_requests) == (1, 3)
+
+    run(test)
+
+
+def test_ends_with_its_last_member() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.add([output(0, 10, FinishReason.STOP)])
+        await reader.settle()
+        assert not reader.ended
+        assert group.unfinished_ids == ["r1"]
+        group.add([output(1, 20, FinishReason.LENGTH)])
+        await reader.settle()
+        assert reader.ended
+        assert group.unfinished_ids == []
+
+    run(test)
+
+
+def test_without_credit_outputs_merge() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        for token in range(3 * FRAME_WINDOW):
+            group.add([output(0, token)])
+            await reader.settle()
+        assert len(reader.frames) == FRAME_WINDOW
+        group.acknowledge(FRAME_WINDOW)
+        await reader.settle()
+        assert len(reader.frames) == FRAME_WINDOW + 1
+        assert reader.tokens(0) == list(range(3 * FRAME_WINDOW))
+
+    run(test)
+
+
+def test_without_credit_tokens_still_flow_at_the_heartbeats_pace() -> None:
+    """A replica that is drained hears no acknowledgements."""
+
+    async def test(group: GroupStream, reader: Reader) -> None:
+        for token in range(FRAME_WINDOW + 5):
+            group.add([output(0, token)])
+            await reader.settle()
+        group.tick()  # a frame was sent since the last one
+        await reader.settle()
+        assert len(reader.frames) == FRAME_WINDOW
+        group.tick()
+        await reader.settle()
+        assert len(reader.frames) == FRAME_WINDOW + 1
+        assert reader.tokens(0) == list(range(FRAME_WINDOW + 5))
+
+    run(test)
+
+
+def test_heartbeats_only_while_silent() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.tick()
+        await reader.settle()
+        assert reader.frames == [Heartbeat(1, 3)]
+        group.add([output(0, 10)])
+        await reader.settle()
+        group.tick()
+        await reader.settle()
+        assert len(reader.frames) == 2  # the tokens were sign of life enough
+        group.tick()
+        await reader.settle()
+        assert reader.frames[-1] == Heartbeat(3, 3)
+
+    run(test)
+
+
+def test_silent_reader_loses_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.tick()
+        await reader.settle()
+        monkeypatch.setattr(group_stream, "LEASE_S", -1.0)
+        group.tick()
+        await reader.settle()
+        assert reader.ended
+        assert group.unfinished_ids == ["r0", "r1"]  # for the engine to abort
+
+    run(test)
+
+
+def test_fail_ends_what_still_runs_and_later_outputs_are_void() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.add([output(0, 10, FinishReason.STOP)])
+        group.fail("the engine is gone")
+        group.add([output(1, 20)])
+        await reader.settle()
+        assert reader.ended
+        frame = reader.frames[-1]
+        assert isinstance(frame, TokenFrame)
+        reasons = {member.member: (member.finish_reason, member.error) for member in frame.outputs}
+        assert reasons == {0: (FinishReason.STOP, None), 1: (FinishReason.ERROR, "the engine is gone")}
+        assert reader.tokens(1) == []
+
+    run(test)
+
+
+def test_outbox_carries_everything_over_in_order() -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        outbox = Outbox(asyncio.get_running_loop())
+
+        def engine_thread() -> None:
+            for token in range(1000):
+                outbox.post(group, [output(0, token)])
+            outbox.post(group, [output(0, 1000, FinishReason.LENGTH)])
+
+        thread = threading.Thread(target=engine_thread)
+        thread.start()
+        while not reader.ended:
+            await asyncio.sleep(0)
+            group.acknowledge(10_000)
+        thread.join()
+        assert reader.tokens(0) == list(range(1001))
+
+    run(test, members=1)
+
+
+def test_outbox_outlives_its_loop() -> None:
+    loop = asyncio.new_event_loop()
+    outbox = Outbox(loop)
+    loop.close()
+    outbox.post(GroupStream(["r0"], lambda: 0), [output(0, 1)])  # the engine's thread must not die of it
