@@ -1,0 +1,46 @@
+"""The documents say what the code does, as far as a machine can tell."""
+
+import re
+from pathlib import Path
+
+from engine.loader.catalogue import CATALOGUE
+from serve_app.config import AppConfig
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+
+
+def rows(document: str) -> dict[str, list[str]]:
+    """Table rows whose first cell is code, by that code."""
+    found = {}
+    for line in (ROOT / document).read_text().splitlines():
+        if match := re.match(r"\| `([^`]+)`", line):
+            found[match[1]] = [cell.strip() for cell in line.strip("|").split("|")]
+    return found
+
+
+def test_every_argument_is_documented_with_its_default() -> None:
+    documented = rows("docs/arguments.md")
+    assert set(documented) == set(AppConfig.model_fields)
+    for name, field in AppConfig.model_fields.items():
+        default = str(field.default).lower() if field.default in (None, True, False) else str(field.default)
+        assert documented[name][1].strip("`") == default, name
+
+
+def test_every_model_of_the_catalogue_is_documented() -> None:
+    documented = rows("docs/models.md")
+    for name, entry in CATALOGUE.items():
+        _, hub_id, licence, download = documented[name]
+        assert hub_id.startswith(entry.hub_id)
+        assert licence.startswith(entry.licence)
+        amount, unit = download.split()
+        size_bytes = float(amount) * {"MB": 1e6, "GB": 1e9}[unit]
+        assert abs(size_bytes / entry.size_bytes - 1) < 0.05
+
+
+def test_links_lead_somewhere() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 4
+    for document in documents:
+        for target in LINK.findall(document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
