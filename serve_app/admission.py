@@ -4,9 +4,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.tokenizer import Tokenizer
-
 from engine.request import RequestOutput, SamplingParams
+from engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

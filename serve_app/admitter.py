@@ -16,8 +16,9 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
 from serve_app.admission import Admitted, GenerateCall
-from serve_app.engine_client import EngineClient, PlacedPrompt
+from serve_app.engine_client import EngineClient
 from serve_app.errors import GenerationError, OverloadedError
+from serve_app.group import PlacedPrompt
 from serve_app.messages import Opening, SubmittedPrompt
 from serve_app.prompt_encoding import PromptEncoder, TextPrompt, too_long
 from serve_app.readiness import ReadinessCheck, ReadinessState

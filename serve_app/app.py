@@ -25,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 ENGINE_DEPLOYMENT = "engine"
 INGRESS_DEPLOYMENT = "ingress"
 
-_HEALTH_CHECK_PERIOD_S = 5.0
+_HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica that fails three in a row
 _HEALTH_CHECK_TIMEOUT_S = 15.0
 _DRAIN_TIMEOUT_S = 30.0  # for the streams under way; then Serve kills the replica, and they end with an error
 _DRAIN_POLL_S = 0.2  # Serve's 2 s would be the least that a shutdown takes

@@ -7,15 +7,15 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
-from engine.request import FinishReason
 from serve_app.background import spawn
 from serve_app.control_link import ControlLink
 from serve_app.errors import UnavailableError
+from serve_app.group import Group, PlacedPrompt
 from serve_app.messages import (
     FRAME_WINDOW,
     Frame,
@@ -23,65 +23,24 @@ from serve_app.messages import (
     Opening,
     Refusal,
     Submission,
-    SubmittedPrompt,
     TokenFrame,
     decode_frame,
     encode,
     from_wire,
 )
 from serve_app.replica_registry import ReplicaGoneError, running_replicas
-from serve_app.token_stream import RequestStream
 
 logger = logging.getLogger("ray.serve")
 
 ACKNOWLEDGE_EVERY = FRAME_WINDOW // 4
 HOUSEKEEPING_S = 0.5
 SILENCE_LIMIT_S = 10.0  # without a frame or heartbeat, a replica that has opened a group counts as hung
+SHUN_S = 5.0  # how long others are preferred to a replica that has refused; by then Serve has replaced it
 LOAD_EXPIRY_S = 2.0  # what a replica said of its load before that says nothing about now
 
 
-@dataclass
-class PlacedPrompt:
-    """A prompt ready for an engine, and the streams of its choices, in the order of `prompt.choices`."""
-
-    prompt: SubmittedPrompt
-    streams: list[RequestStream]
-
-
-@dataclass(eq=False)
-class Group:
-    """One streaming call to one replica, as its reader sees it."""
-
-    group_id: str
-    prompts: list[SubmittedPrompt]
-    streams: list[RequestStream]  # by member index
-    replica_id: str | None  # where it was sent; None: to whichever comes up first
-    opened: asyncio.Future[Opening] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    is_open: bool = False
-    response: DeploymentResponseGenerator[bytes] | None = None
-    sequence: int = 0  # of the last frame read
-    acknowledged: int = 0
-    last_frame_s: float = 0.0
-    cancelled: bool = False
-
-    @property
-    def num_live_members(self) -> int:
-        return sum(not stream.finished for stream in self.streams)
-
-    def fail(self, error: UnavailableError) -> None:
-        """Ends whatever has not ended."""
-        if not self.opened.done():
-            self.opened.set_exception(error)
-            self.opened.exception()  # an aborted request asks for it no more
-        for stream in self.streams:
-            stream.end(FinishReason.ERROR, str(error))
-
-    def cancel(self, error: UnavailableError) -> None:
-        """Closes the call, which aborts in the engine whatever still runs."""
-        self.cancelled = True
-        self.fail(error)
-        if self.response is not None:
-            self.response.cancel()
+class _RefusedError(Exception):
+    """A replica has taken nothing of a group."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +63,7 @@ class EngineClient:
         self._links: dict[str, ControlLink] = {}
         self._own: Counter[str] = Counter()  # unfinished requests of ours, by replica
         self._loads: dict[str, _Load] = {}
+        self._shunned_s: dict[str, float] = {}  # when a replica has refused
         self.last_heard_s = -float("inf")  # time.monotonic() of the last frame of any replica
         self.fingerprint = ""  # of the replica that last opened a group
         self._housekeeping = spawn(self._keep_house())
@@ -144,7 +104,8 @@ class EngineClient:
         replicas = self.running_replicas()
         if not replicas:
             return None
-        return min(random.sample(replicas, min(2, len(replicas))), key=lambda id_: self._busyness(id_) + extra[id_])
+        willing = [replica_id for replica_id in replicas if not self._is_shunned(replica_id)] or replicas
+        return min(random.sample(willing, min(2, len(willing))), key=lambda id_: self._busyness(id_) + extra[id_])
 
     def _busyness(self, replica_id: str) -> int:
         load = self._loads.get(replica_id)
@@ -201,7 +162,10 @@ class EngineClient:
             del self._groups[group.group_id]
 
     async def _read(self, group: Group) -> None:
-        """Sends the submission; again, to any replica, when the one chosen had left before it took it."""
+        """Sends the submission, and deals out what comes back.
+
+        A replica that has left, or that refuses, has started nothing: then another one is asked.
+        """
         submission = encode(Submission(group.group_id, 0, group.prompts))
         while not group.cancelled:
             group.response = self._generate.remote(submission, replica_id=group.replica_id)
@@ -212,6 +176,20 @@ class EngineClient:
             except ReplicaGoneError:
                 assert not group.is_open
                 self._place(group, None)
+            except _RefusedError as refusal:
+                assert not group.is_open
+                self._shun(group.replica_id)
+                replica_id = self._choose_replica(Counter())
+                if replica_id is None or self._is_shunned(replica_id):
+                    raise UnavailableError(str(refusal)) from None
+                self._place(group, replica_id)
+
+    def _shun(self, replica_id: str | None) -> None:
+        if replica_id is not None:
+            self._shunned_s[replica_id] = time.monotonic()
+
+    def _is_shunned(self, replica_id: str) -> bool:
+        return time.monotonic() - self._shunned_s.get(replica_id, -SHUN_S) < SHUN_S
 
     def _on_frame(self, group: Group, frame: Frame) -> None:
         self.last_heard_s = group.last_frame_s = time.monotonic()
@@ -226,7 +204,7 @@ class EngineClient:
             case Opening():
                 self._on_opening(group, frame)
             case Refusal():
-                raise ReplicaGoneError(frame.reason) if frame.misrouted else UnavailableError(frame.reason)
+                raise _RefusedError(frame.reason)
 
     def _place(self, group: Group, replica_id: str | None) -> None:
         if replica_id != group.replica_id:
@@ -264,6 +242,8 @@ class EngineClient:
         return link
 
     def _send_control(self, message: bytes, replica_id: str) -> Awaitable[None]:
+        if replica_id not in self.running_replicas():  # gone, or draining, when Serve passes no calls on
+            raise ReplicaGoneError(f"engine replica {replica_id} has left")
         response: Awaitable[None] = self._control.remote(message, replica_id=replica_id)
         return response
 
@@ -283,5 +263,6 @@ class EngineClient:
             running = {*self.running_replicas(), *(group.replica_id for group in self._groups.values())}
             for replica_id in self._links.keys() - running:
                 await self._links.pop(replica_id).close()
-            for replica_id in self._loads.keys() - running:
-                del self._loads[replica_id]
+            for kept in (self._loads, self._shunned_s, self._own):
+                for replica_id in kept.keys() - running:
+                    del kept[replica_id]

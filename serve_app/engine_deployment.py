@@ -1,7 +1,6 @@
 """The engine replica: one process, one engine; a thread that steps and an event loop that talks."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
@@ -23,8 +22,6 @@ from serve_app.messages import (
     encode,
 )
 
-logger = logging.getLogger("ray.serve")
-
 STOP_TIMEOUT_S = 10.0  # for the step under way
 
 
@@ -45,14 +42,13 @@ class Engine:
         except SlipstreamError as error:
             raise RuntimeError(f"slipstream: {error}") from None  # one line in Serve's status
         self._fingerprint = engine.fingerprint
-        self._max_model_len = engine.max_model_len
         self._engine = AsyncEngine(engine)
         self._engine.start()
 
     async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
         """Runs a group. Closing the call aborts every member that is still running."""
         if replica_id not in (None, self._replica_id):
-            yield encode(Refusal(f"replica {self._replica_id} was sent a group for {replica_id}", misrouted=True))
+            yield encode(Refusal(f"replica {self._replica_id} was sent a group for {replica_id}"))
             return
         message = decode_submission(submission)
         requests = requests_of(message)
@@ -64,7 +60,7 @@ class Engine:
             except SlipstreamError as error:
                 yield encode(Refusal(str(error)))
                 return
-            yield encode(Opening(self._replica_id, message.attempt, self._fingerprint, self._max_model_len))
+            yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
             async for frame in group.frames():
                 yield frame
         finally:
@@ -88,7 +84,7 @@ class Engine:
         self._engine.check_health()
         stats = self._engine.stats()
         num_requests = stats.num_requests_running + stats.num_requests_waiting
-        return encode(EngineStatus(self._replica_id, self._fingerprint, self._max_model_len, num_requests))
+        return encode(EngineStatus(self._replica_id, self._fingerprint, num_requests))
 
     async def stats(self, replica_id: str | None = None) -> EngineStats:  # noqa: ARG002 - for the router
         return self._engine.stats()

@@ -92,7 +92,9 @@ class GroupStream:
             self._wake.clear()
             if self._lease_expired():
                 return
-            if self._dirty and self._has_credit():
+            # Without credit, outputs gather for a heartbeat's time. They must not wait for credit alone: calls no
+            # longer reach a replica that Serve drains, and its streams go on.
+            if self._dirty and (self._has_credit() or self._heartbeat_due):
                 yield self._token_frame()
             elif self._heartbeat_due:
                 self._sequence += 1

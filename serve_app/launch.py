@@ -48,12 +48,19 @@ def check_http_port() -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is cuda where a GPU can be used: on this machine when Ray starts here, else anywhere in the cluster."""
-    if device != "auto":
+    """`auto` is cuda where a GPU can be used: on this machine when Ray starts here, else anywhere in the cluster.
+
+    Raises:
+        ConfigError: cuda was asked for on this machine, which has none. (A cluster may yet add a node that has.)
+    """
+    if device == "cpu":
         return device
-    if starts_ray_here():
-        return "cuda" if _this_machine_has_cuda() else "cpu"
-    return "cuda" if _cluster_has_gpu() else "cpu"
+    if not starts_ray_here():
+        return "cuda" if device == "cuda" or _cluster_has_gpu() else "cpu"
+    has_cuda = _this_machine_has_cuda()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError("device=cuda, but torch finds no CUDA device here: use device=cpu, or check the driver")
+    return "cuda" if has_cuda else "cpu"
 
 
 def _this_machine_has_cuda() -> bool:
@@ -71,7 +78,11 @@ def _cluster_has_gpu() -> bool:
         return _ray_has_gpu()
     context = click.get_current_context(silent=True)
     address = None if context is None else context.params.get("address")
-    ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")  # `serve run` connects by itself
+    try:  # for this question only: `serve run` connects by itself, with the runtime environment that it was given
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot join the Ray cluster at {address or 'its known address'}: {reason}") from None
     try:
         return _ray_has_gpu()
     finally:

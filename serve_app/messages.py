@@ -11,7 +11,7 @@ import msgspec
 from engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 
 HEARTBEAT_S = 0.25  # a group that has nothing to say says so this often, also while it is queued
-FRAME_WINDOW = 16  # frames of a group that may be unacknowledged before the engine merges outputs instead
+FRAME_WINDOW = 16  # past so many unacknowledged frames, the engine merges the outputs of HEARTBEAT_S into one
 
 
 class SubmittedPrompt(msgspec.Struct, array_like=True):
@@ -37,14 +37,12 @@ class Opening(msgspec.Struct, tag="opening", array_like=True):
     replica_id: str
     attempt: int
     fingerprint: str
-    max_model_len: int
 
 
 class Refusal(msgspec.Struct, tag="refusal", array_like=True):
-    """The only frame of a group that was not accepted; none of its members has started."""
+    """The only frame of a group that was not accepted. None of its members has started: any other replica may."""
 
     reason: str
-    misrouted: bool = False  # the call named another replica: it may be sent again
 
 
 class MemberOutput(msgspec.Struct, array_like=True):
@@ -89,7 +87,6 @@ class EngineStatus(msgspec.Struct, array_like=True):
 
     replica_id: str
     fingerprint: str
-    max_model_len: int
     num_requests: int
 
 

@@ -68,8 +68,9 @@ class PromptEncoder:
             return self._tokenizer.encode_batch(texts, add_special_tokens=special)
         except Exception as error:  # some text among them, such as a lone surrogate: find out which
             if len(texts) == 1:
-                known = isinstance(error, InvalidRequest)
-                return [error if known else InvalidRequest(f"the prompt cannot be tokenized: {error}", "prompt")]
+                if isinstance(error, InvalidRequest):
+                    return [error]
+                return [InvalidRequest(f"the prompt cannot be tokenized: {error}", "prompt")]
             return [self._encode_together([text], special)[0] for text in texts]
 
 

@@ -10,8 +10,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from engine.errors import SlipstreamError
-from serve_app.http import status
 from serve_app.admission import Admitter
+from serve_app.http import status
 from serve_app.http.chat import chat_completions
 from serve_app.http.completions import completions
 from serve_app.http.error_response import handle_client_gone, handle_error, handle_routing_error

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.tokenizer import Tokenizer
-from serve_app.http import unsupported
 from serve_app.admission import GenerateCall
+from serve_app.http import unsupported
 from serve_app.http.chat_message import ChatMessage
 from serve_app.http.disconnect import until_disconnect
 from serve_app.http.generation import ChoiceDelta, TextRules, start

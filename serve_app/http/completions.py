@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from serve_app.http import unsupported
 from serve_app.admission import GenerateCall
+from serve_app.http import unsupported
 from serve_app.http.generation import ChoiceDelta, TextRules, start
 from serve_app.http.json_body import read_json
 from serve_app.http.limits import MAX_CHOICES, MAX_TOKEN_ID

@@ -11,8 +11,8 @@ from engine.request import FinishReason, RequestOutput, SamplingParams, TokenLog
 from engine.text import TextStream
 from engine.tokenizer import IncrementalDetokenizer
 from serve_app.admission import Admitted, Admitter, GenerateCall, TokenStream
-from serve_app.http.disconnect import until_disconnect
 from serve_app.errors import GenerationError
+from serve_app.http.disconnect import until_disconnect
 
 
 @dataclass(frozen=True)
