@@ -1,5 +1,6 @@
 """Block tables of requests over a block pool: prefix hits, growth, hashing of what is committed."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ class _Lineage:
 
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, from the first, as far as needed yet
     num_registered: int = 0  # leading blocks of its block table that the pool has been told of; set by admission
+    num_promised: int = 0  # leading blocks that its prefill will have registered; 0 while it has no blocks
 
 
 class BlockManager:
@@ -30,10 +32,24 @@ class BlockManager:
         self.prefix_cache_queries = 0  # prompt tokens looked up, once for each request
         self.prefix_cache_hits = 0  # of those, tokens found
         self._lineages: dict[Request, _Lineage] = {}
+        self._promised: Counter[bytes] = Counter()  # hashes of blocks that prefills under way have yet to register
 
     def find_cached_tokens(self, request: Request) -> int:
         """How many leading tokens of `request` an admission would find now: whole blocks, never its last token."""
         return len(self._find_cached_blocks(request)) * self.block_size
+
+    def is_prefix_under_way(self, request: Request) -> bool:
+        """Whether a running prefill is about to register the next block that `request` would find.
+
+        Admitted now, it would compute the same block again beside it: the choices of one prompt, sent together, or
+        requests that share a system prompt.
+        """
+        if not self._promised:
+            return False
+        index = len(self._find_cached_blocks(request))
+        if (index + 1) * self.block_size >= request.num_tokens:  # its last token is computed anyway
+            return False
+        return self._hash(request, self._lineage(request), index) in self._promised
 
     def admit(self, request: Request, num_reserved_blocks: int = 0) -> int | None:
         """Give a request without blocks a table for all of its tokens, starting with its cached prefix.
@@ -50,7 +66,7 @@ class BlockManager:
             return None
         pool.touch(cached)  # before allocating, which could evict them
         request.block_table[:] = cached + pool.allocate(num_new)
-        self._lineage(request).num_registered = len(cached)
+        self._promise(request, len(cached))
         num_cached_tokens = len(cached) * self.block_size
         if pool.enable_prefix_caching and request.num_preemptions == 0:
             self.prefix_cache_queries += request.num_prompt_tokens
@@ -75,13 +91,20 @@ class BlockManager:
         if num_full <= lineage.num_registered:
             return
         for index in range(lineage.num_registered, num_full):
-            self.pool.register(request.block_table[index], self._hash(request, lineage, index))
+            block_hash = self._hash(request, lineage, index)
+            self.pool.register(request.block_table[index], block_hash)
+            if index < lineage.num_promised:
+                self._settle(block_hash)
         lineage.num_registered = num_full
 
     def free(self, request: Request) -> None:
         """Take the request's blocks, last first. What is registered of them can still be found, also by its return."""
         self.pool.free(reversed(request.block_table))
         request.block_table.clear()
+        if lineage := self._lineages.get(request):
+            for index in range(lineage.num_registered, lineage.num_promised):
+                self._settle(lineage.hashes[index])
+            lineage.num_promised = 0
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that will not return."""
@@ -101,6 +124,8 @@ class BlockManager:
         """
         self.pool.check_integrity([request.block_table for request in requests])
         finished = self._lineages.keys() - set(requests)
+        promised = sum(max(0, lineage.num_promised - lineage.num_registered) for lineage in self._lineages.values())
+        assert promised == self._promised.total(), f"{self._promised.total()} blocks are promised, not {promised}"
         assert not finished, f"finished requests are still remembered: {[r.request_id for r in finished]}"
         for request in requests:
             name, num_computed = request.request_id, request.num_computed_tokens
@@ -114,6 +139,24 @@ class BlockManager:
                     continue
                 parent = hash_block(parent, request.token_ids(index * self.block_size, (index + 1) * self.block_size))
                 assert block_hash in (None, parent), f"request {name}: block {block} has the hash of other tokens"
+
+    def _promise(self, request: Request, num_cached: int) -> None:
+        """Note which blocks the prefill of a request just admitted will register."""
+        if not self.pool.enable_prefix_caching:
+            return
+        lineage = self._lineage(request)
+        lineage.num_registered = num_cached
+        lineage.num_promised = request.num_tokens // self.block_size
+        for index in range(lineage.num_promised):
+            block_hash = self._hash(request, lineage, index)
+            if index >= num_cached:
+                self._promised[block_hash] += 1
+
+    def _settle(self, block_hash: bytes) -> None:
+        """Take back one promise of a block."""
+        self._promised[block_hash] -= 1
+        if not self._promised[block_hash]:
+            del self._promised[block_hash]
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
         if not self.pool.enable_prefix_caching:

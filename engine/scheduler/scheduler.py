@@ -13,7 +13,8 @@ class Scheduler:
 
     **Order.** All requests stand in one strict order that never changes (`ranking`): priority, aged by waiting, then
     first come. Admission goes down this order without overtaking, and the victim of preemption is always the last of
-    it. A preempted request so returns ahead of all that came after it.
+    it. A preempted request so returns ahead of all that came after it. Admission also waits for a running prefill that
+    is about to complete a block of the next request's prefix, which is then found instead of computed again.
 
     **Progress.** The first of the running requests is never preempted, because a victim stands behind the request in
     need of its block, or is that request. It gets a row in every step or finishes, so it ends in a bounded number of
@@ -241,6 +242,8 @@ class Scheduler:
             # Each running request has a block of its own (its last one is new at admission, and it takes the next one
             # before anyone can be admitted to share that), so who fills the whole pool runs alone and is no victim.
             assert request.num_tokens <= self._cache.capacity_tokens, f"request {request.request_id} waits for ever"
+            if self._cache.is_prefix_under_way(request):
+                return  # waits for no longer than its own prefill would have kept those behind it waiting
             num_reserved_blocks = len(self._running) + 1 if self._running else 0
             num_cached_tokens = self._cache.admit(request, num_reserved_blocks)
             if num_cached_tokens is None:

@@ -25,8 +25,8 @@ def rows(step: Any) -> list[tuple[str, int, int]]:
 class TestOrder:
     def test_first_come_first_served_in_one_step_while_the_budget_lasts(self) -> None:
         eng = engine(token_budget=10, max_num_seqs=3)
-        for size in (4, 3, 5, 2):
-            eng.add([1] * size)
+        for index, size in enumerate((4, 3, 5, 2)):
+            eng.add([index] * size)
         assert rows(eng.step()) == [("r0", 0, 4), ("r1", 0, 3), ("r2", 0, 3)]
         # Decodes first, then the rest of the running prefill; the fourth waits for a seat.
         assert rows(eng.step()) == [("r0", 4, 1), ("r1", 3, 1), ("r2", 3, 2)]
@@ -259,12 +259,25 @@ class TestPrefixHits:
         assert again.num_cached_tokens == 4
         eng.drain()
 
-    def test_prompts_of_one_step_do_not_share_what_is_not_computed_yet(self) -> None:
-        eng = engine()
-        first, second = eng.add([0] * 9), eng.add([0] * 9)
+    def test_choices_of_one_prompt_compute_it_once(self) -> None:
+        eng = engine(token_budget=8)
+        choices = [eng.add([0] * 19) for _ in range(4)]
+        other = eng.add([1] * 6)
+        assert rows(eng.step()) == [("r0", 0, 8)]
+        assert rows(eng.step()) == [("r0", 8, 8)]
+        assert rows(eng.step())[0] == ("r0", 16, 3)
+        eng.drain()
+        assert [choice.num_cached_tokens for choice in choices] == [0, 16, 16, 16]
+        assert other.finish_reason is FinishReason.LENGTH
+
+    def test_a_prefix_under_way_that_never_comes_is_not_waited_for(self) -> None:
+        eng = engine(token_budget=8)
+        first, second = eng.add([0] * 19), eng.add([0] * 19)
         eng.step()
-        assert second.num_cached_tokens == 0
-        assert not set(first.block_table) & set(second.block_table)
+        assert second.status is RequestStatus.WAITING
+        eng.scheduler.abort(first.request_id)
+        eng.step()
+        assert second.num_cached_tokens == 8  # what the first had computed
         eng.drain()
 
 
