@@ -54,6 +54,7 @@ class Ingress:
             version=package_version(),
             defaults=self._defaults,
             system_fingerprint=lambda: self._client.fingerprint,
+            sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
         )
 
     async def __del__(self) -> None:

@@ -26,12 +26,13 @@ def build_http_app(
     version: str,
     defaults: SamplingDefaults | Callable[[], SamplingDefaults] = NoDefaults,
     system_fingerprint: str | Callable[[], str | None] | None = None,
+    sends_request_id: bool = True,
 ) -> Starlette:
     """The application. What is given as a function is called for each request, so that a replica may build the
     application before it has a model.
 
     `defaults` are the model's own generation settings, for fields that clients leave out. Responses carry
-    `system_fingerprint`; None: a digest of version and model name.
+    `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does.
     """
     service = Service(
         get_admitter=_getter(admitter),
@@ -49,7 +50,7 @@ def build_http_app(
             Route("/ready", status.ready),
             Route("/version", status.version),
         ],
-        middleware=[Middleware(RequestGuard)],
+        middleware=[Middleware(RequestGuard, sends_id=sends_request_id)],
         exception_handlers={
             HTTPException: handle_routing_error,
             SlipstreamError: handle_error,

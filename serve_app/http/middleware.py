@@ -16,10 +16,14 @@ _FIELD_OVERHEAD_BYTES = 4  # ": " and the line end
 
 class RequestGuard:
     """Gives each request an id (the client's own `x-request-id` where it is sane), sends it with every response,
-    refuses headers past the limit (431), and turns an exception that nothing else caught into a plain 500."""
+    refuses headers past the limit (431), and turns an exception that nothing else caught into a plain 500.
 
-    def __init__(self, app: ASGIApp, max_header_bytes: int = MAX_HEADER_BYTES) -> None:
+    `sends_id` False: somebody in front sends the id already, and two headers of one name would be joined by clients.
+    """
+
+    def __init__(self, app: ASGIApp, sends_id: bool = True, max_header_bytes: int = MAX_HEADER_BYTES) -> None:
         self._app = app
+        self._sends_id = sends_id
         self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,7 +38,8 @@ class RequestGuard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if self._sends_id:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

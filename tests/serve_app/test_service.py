@@ -44,6 +44,13 @@ def test_chat_answers_with_sense(client: openai.OpenAI) -> None:
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
 
 
+def test_every_answer_has_one_request_id(service: Service) -> None:
+    for headers in ({}, {"x-request-id": "my-own-id"}):
+        answer = httpx.get(f"{service.url}/v1/models", headers=headers)
+        (request_id,) = answer.headers.get_list("x-request-id")
+        assert request_id == headers.get("x-request-id", request_id)
+
+
 def test_streamed_text_equals_unstreamed(client: openai.OpenAI) -> None:
     arguments = {"model": MODEL, "prompt": "The moon is", "max_tokens": 12, "seed": 7, "temperature": 0.8}
     whole = client.completions.create(**arguments).choices[0].text
