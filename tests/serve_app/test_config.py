@@ -26,7 +26,7 @@ def test_defaults() -> None:
     config = parse_config({"device": "cpu"})
     assert config.model_name == "smollm2-135m"
     assert config.engine_config(MODEL) == EngineConfig(
-        cache=CacheConfig(), scheduler=SchedulerConfig(max_num_seqs=256, token_budget=2048, max_model_len=1000)
+        cache=CacheConfig(), scheduler=SchedulerConfig(max_num_seqs=256, token_budget=256, max_model_len=1000)
     )
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import resource
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -77,7 +79,30 @@ def test_hostile_template_is_refused_in_time(source: str) -> None:
     gc.collect()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MAX_CPU_S
-    assert after.ru_maxrss * 1024 < template_worker.MEMORY_LIMIT_BYTES
+
+
+# In a process of its own, whose children are these renderers and nobody else's.
+MEASURED_RENDERS = """
+import resource, sys
+from engine.errors import InvalidRequest
+from engine.tokenizer.chat_template import ChatTemplate
+for source in sys.argv[1:]:
+    template = ChatTemplate({"default": source}, {})
+    try:
+        template.render([{"role": "user", "content": "hi"}])
+        raise SystemExit(f"{source} was rendered")
+    except InvalidRequest:
+        del template
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+def test_hostile_templates_take_bounded_memory() -> None:
+    sources = [HOSTILE[name] for name in ("repeated_list", "doubled_text", "doubled_list", "lists_to_json", "indented")]
+    finished = subprocess.run(
+        [sys.executable, "-c", MEASURED_RENDERS, *sources], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(finished.stdout) < template_worker.MEMORY_LIMIT_BYTES
 
 
 @pytest.mark.parametrize(("source", "reason"), FAULTY.values(), ids=FAULTY)
