@@ -24,6 +24,9 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
         if not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch finds no CUDA device here: use device=cpu, or check the driver")
         device = torch.device("cuda", torch.cuda.current_device())
+        # cuBLAS may otherwise add partial sums in the 16-bit format of the operands.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
