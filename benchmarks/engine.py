@@ -3,7 +3,7 @@
 import json
 import platform
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.shapes import SHAPES, RandomCheckpoint, weight_bytes
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
+from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.fetch import resolve_model
 from engine.loader.progress import progress_on
 from engine.request import Request, SamplingParams
-from serve_app.config import cache_dir
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _cpu_lines() -> list[str]:
 
 def main(
     model: Annotated[str, typer.Option(help="catalogue name, hub id, directory or GGUF file")] = "smollm2-135m",
+    shape: Annotated[str, typer.Option(help=f"in its place, random weights: {', '.join(SHAPES)}")] = "",
     batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8,32",
     input: Annotated[int, typer.Option(help="prompt tokens of each request")] = 128,
     output: Annotated[int, typer.Option(help="output tokens of each request")] = 128,
@@ -102,24 +104,32 @@ def main(
         cache=CacheConfig(enable_prefix_caching=False),
         scheduler=SchedulerConfig(max_num_seqs=max(sizes), max_model_len=input + output),
     )
-    path = resolve_model(model, cache_dir=cache_dir(), progress=progress_on())
+    checkpoint: Checkpoint
+    if shape:
+        model = f"{shape} (random weights)"
+        checkpoint = RandomCheckpoint(SHAPES[shape], torch.device(device))
+    else:
+        from serve_app.config import cache_dir  # random weights need nothing of the service
+
+        checkpoint = open_checkpoint(resolve_model(model, cache_dir=cache_dir(), progress=progress_on()))
     begun = perf_counter()
-    engine = LLMEngine.from_path(path, config)
+    engine = LLMEngine.from_checkpoint(checkpoint, config)
     load_s = perf_counter() - begun
     sampling = SamplingParams(temperature=temperature, seed=1, max_tokens=output, ignore_eos=True)
-    measure(
-        engine, 1, min(input, 16), 4, SamplingParams(temperature=temperature, seed=1, max_tokens=4, ignore_eos=True)
-    )
+    warm_up = replace(sampling, max_tokens=min(output, 4))
     rows = []
     for size in track(sizes, description="measuring", console=Console(stderr=True)):
+        for _ in range(2):  # compiles kernels and captures graphs, of which each number of rows has its own
+            measure(engine, size, input, warm_up.max_tokens, warm_up)
         runs = sorted(
             (measure(engine, size, input, output, sampling) for _ in range(repeats)),
             key=lambda run: run.output_tokens_per_s,
         )
         rows.append(runs[len(runs) // 2])
     hardware = hardware_name(device)
+    step_bytes = weight_bytes(checkpoint.config, getattr(torch, engine.dtype).itemsize)
     table = Table(title=f"{model}, {engine.dtype}, {hardware}; loaded in {load_s:.1f} s")
-    for column in ("batch", "input", "output", "TTFT ms", "step ms", "decode tok/s", "overall tok/s"):
+    for column in ("batch", "input", "output", "TTFT ms", "step ms", "decode tok/s", "overall tok/s", "weights GB/s"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -130,6 +140,7 @@ def main(
             f"{row.step_time_s * 1e3:.1f}",
             f"{row.output_tokens_per_s:.1f}",
             f"{row.total_tokens_per_s:.1f}",
+            f"{step_bytes / row.step_time_s / 1e9:.0f}",
         )
     Console().print(table)
     results.mkdir(parents=True, exist_ok=True)
@@ -142,6 +153,7 @@ def main(
         "torch": torch.__version__,
         "time": now.isoformat(timespec="seconds"),
         "load_s": load_s,
+        "weight_bytes_per_step": step_bytes,
         "measurements": [asdict(row) for row in rows],
     }
     file.write_text(json.dumps(report, indent=2) + "\n")

@@ -11,12 +11,10 @@ from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.fingerprint import fingerprint
-from engine.loader.checkpoint import open_checkpoint
-from engine.model.kv_cache import KVCache
-from engine.model.weights import load_decoder
+from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.request import FinishReason, Request, RequestOutput
 from engine.runner.device import prepare_device
-from engine.runner.memory import plan_num_blocks
+from engine.runner.forward import load_forward
 from engine.runner.model_runner import ModelRunner, is_out_of_memory
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
@@ -61,18 +59,26 @@ class LLMEngine:
             ModelError: the model cannot be loaded.
             ConfigError: the configuration does not fit the model or the device.
         """
-        checkpoint = open_checkpoint(path)
+        return cls.from_checkpoint(open_checkpoint(path), config, on_progress)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> "LLMEngine":
+        """The same from a checkpoint that is open already."""
         model = checkpoint.config
         device, dtype = prepare_device(config)
         max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
         scheduling = replace(config.scheduler, max_model_len=max_model_len)
-        decoder = load_decoder(checkpoint, device, dtype, max_model_len, on_progress)
-        num_blocks = plan_num_blocks(model, config.cache, scheduling, dtype, device)
-        kv_cache = KVCache(model, num_blocks, config.cache.block_size, dtype, device)
+        forward = load_forward(checkpoint, device, dtype, config.cache, scheduling, on_progress)
         sampler = Sampler(model.eos_token_ids)
-        blocks = BlockManager(BlockPool(num_blocks, config.cache.block_size, config.cache.enable_prefix_caching))
+        pool = BlockPool(forward.kv_cache.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
+        blocks = BlockManager(pool)
         return cls(
-            ModelRunner(decoder, kv_cache, sampler),
+            ModelRunner(forward, sampler),
             Scheduler(scheduling, blocks),
             blocks,
             sampler,

@@ -1,11 +1,17 @@
 """What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
 
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter where there is no GPU; that is decided when they are first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SERVICE_ARGUMENTS = {
     "device": "cpu",

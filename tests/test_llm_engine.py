@@ -134,17 +134,17 @@ def test_out_of_memory_fails_the_step_and_the_engine_goes_on(path: Path, monkeyp
     engine.add(first)
     engine.add(second)
     engine.step()
-    forward = engine._runner._decoder.forward
+    forward = engine._runner.forward.decoder.forward
 
     def exhausted(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(engine._runner._decoder, "forward", exhausted)
+    monkeypatch.setattr(engine._runner.forward.decoder, "forward", exhausted)
     outputs = engine.step()
     assert {output.request_id: output.finish_reason for output in outputs} == dict.fromkeys("ab", FinishReason.ERROR)
     assert all("lower max_num_seqs" in str(output.error) for output in outputs)
     engine.check_integrity()
-    monkeypatch.setattr(engine._runner._decoder, "forward", forward)
+    monkeypatch.setattr(engine._runner.forward.decoder, "forward", forward)
     engine.generate([late])
     assert late.output_token_ids == expected
 

@@ -128,3 +128,52 @@ def _gather(cache: torch.Tensor, split: SplitWork) -> torch.Tensor:
     rows = cache.flatten(0, 1).index_select(0, split.slots.flatten()).unflatten(0, split.slots.shape)
     shape = (rows.shape[0], rows.shape[2], rows.shape[1], rows.shape[3])
     return rows.new_empty(shape, dtype=torch.float32).copy_(rows.transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class QKVProjection:
+    """Weights of an attention's entry in their natural order: q, k, v stacked, [(H + 2 KVH) D, K]; norms float32."""
+
+    norm: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def norm_qkv_rope(
+    x: torch.Tensor,
+    weights: QKVProjection,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Queries [N, H, D] of x [N, K]; keys and values go to the cache. rope: cos and sin, float32 [max_len, D / 2]."""
+    heads, kv_heads = weights.num_heads, weights.num_kv_heads
+    projected = torch.nn.functional.linear(rms_norm(x, weights.norm, weights.eps), weights.weight, weights.bias)
+    q, k, v = projected.view(x.shape[0], -1, weights.head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        q, k = rms_norm(q, weights.q_norm, weights.eps), rms_norm(k, weights.k_norm, weights.eps)
+    cos, sin = (table[positions][:, None] for table in rope)
+    store_kv(apply_rope(k, cos, sin), v, *kv, slot_mapping)
+    return apply_rope(q, cos, sin)
+
+
+def product_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """residual + x Wᵀ: x [N, K], weight [M, K], residual [N, M]; the product is rounded before it is added."""
+    return residual + torch.nn.functional.linear(x, weight)
+
+
+def norm_gate_up_silu(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+    """SwiGLU of the normalised rows x [N, K]: weight [2F, K] holds gate, then up; returns [N, F]."""
+    return silu_mul(torch.nn.functional.linear(rms_norm(x, norm, eps), weight))
+
+
+def norm_logits(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+    """Logits of x [N, K], float32 [N, V], rounded through the weights' dtype."""
+    return torch.nn.functional.linear(rms_norm(x, norm, eps), weight).float()

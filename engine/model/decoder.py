@@ -1,113 +1,35 @@
-"""One decoder for every architecture of the Llama family; the config says what a layer has."""
+"""One decoder for every architecture of the Llama family: the config says what a layer has, the device how it runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
-from engine.kernels.attention_plan import AttentionPlan, ChunkRows, plan_attention
-from engine.kernels.reference import apply_rope, paged_attention, rms_norm, silu_mul, store_kv
-from engine.model.kv_cache import KVCache
-from engine.model.linear import Linear, padded_rows
-from engine.model.rope import rope_table
+from engine.model.layer_weights import LayerWeights
 
 
-@dataclass(frozen=True)
-class ModelInput:
-    """Rows of one step, padded to whole row tiles: N = padded_rows(number of tokens).
+class Decoder(Protocol):
+    """What loading and planning need of a decoder; how it is called is between it and its caller in engine.runner."""
 
-    token_ids, positions, slot_mapping: int64 [N]; a padding row has token 0, position 0 and a slot of the null block.
-    logit_rows: int64 [S], the rows whose logits are wanted.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    chunks: Sequence[ChunkRows]
-    logit_rows: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """Weights of one layer. `qkv` stacks the query, key and value projections; `gate_up` gate and up.
-
-    Norms are float32, whatever the format of the rest.
-    """
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Linear
-    post_attention_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-
-class Decoder:
-    """Token ids to logits over the paged KV cache."""
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
 
     def __init__(
         self,
         config: ModelConfig,
         embedding: torch.Tensor,
-        layers: Sequence[DecoderLayer],
+        layers: Sequence[Any],
         norm: torch.Tensor,
-        lm_head: Linear,
+        lm_head: torch.Tensor,
         max_model_len: int,
-    ) -> None:
-        self.config = config
-        self.device = embedding.device
-        self.dtype = embedding.dtype
-        self._embedding = embedding
-        self._layers = layers
-        self._norm = norm
-        self._lm_head = lm_head
-        cos, sin = rope_table(config.rope, config.head_dim, max_model_len)
-        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+    ) -> None: ...
 
-    @torch.inference_mode()
-    def forward(self, batch: ModelInput, kv_cache: KVCache) -> torch.Tensor:
-        """Run one step; writes its KV. Returns the logits of `batch.logit_rows`: float32 [S, vocab_size]."""
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        group = self.config.num_heads // self.config.num_kv_heads
-        plan = plan_attention(batch.chunks, kv_cache.block_size, group, self.config.sliding_window, self.device)
-        for index, layer in enumerate(self._layers):
-            attended = self._attention(layer, hidden, (cos, sin), batch.slot_mapping, plan, kv_cache.layer(index))
-            hidden = hidden + layer.o(attended)
-            normed = rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
-            hidden = hidden + layer.down(silu_mul(layer.gate_up(normed)))
-        return self._logits(hidden[batch.logit_rows])
+    @staticmethod
+    def pack(config: ModelConfig, weights: LayerWeights) -> Any:
+        """One layer, ready for `__init__`; the given tensors may be dropped afterwards."""
+        ...
 
-    def _attention(
-        self,
-        layer: DecoderLayer,
-        hidden: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        slot_mapping: torch.Tensor,
-        plan: AttentionPlan,
-        kv: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        config = self.config
-        rows = hidden.shape[0]
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, config.rms_norm_eps))
-        heads = qkv.view(rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        qk, v = heads.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        q, k = apply_rope(qk, *rope).split((config.num_heads, config.num_kv_heads), dim=1)
-        store_kv(k, v, *kv, slot_mapping)
-        scale = config.head_dim**-0.5
-        return paged_attention(q, *kv, plan, scale).view(rows, -1)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        count = hidden.shape[0]
-        rows = hidden.new_zeros((padded_rows(count, self.device), hidden.shape[1]))
-        rows[:count] = rms_norm(hidden, self._norm, self.config.rms_norm_eps)
-        return self._lm_head(rows)[:count].float()
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)

@@ -24,6 +24,7 @@ class KVCache:
         # nothing.
         self._data = torch.empty(shape, dtype=dtype, device=device)
         self._data[:, :, 0].zero_()
+        self.num_blocks = num_blocks
         self.block_size = block_size
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,8 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import ModelError
 from engine.loader.checkpoint import Checkpoint
-from engine.model.decoder import Decoder, DecoderLayer
-from engine.model.linear import Linear
+from engine.model.decoder import AnyDecoder
+from engine.model.layer_weights import LayerWeights
 
 OnProgress = Callable[[int, int], None]  # (tensors loaded, tensors in all)
 
@@ -56,12 +56,13 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def load_decoder(
+    kind: type[AnyDecoder],
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     max_model_len: int,
     on_progress: OnProgress = lambda _done, _total: None,
-) -> Decoder:
+) -> AnyDecoder:
     """Stream the weights to the device; host memory stays near the largest fused tensor.
 
     Raises:
@@ -71,10 +72,12 @@ def load_decoder(
     config = checkpoint.config
     source = _TensorStream(checkpoint, device, dtype, on_progress)
     embedding = source.take("model.embed_tokens.weight")
-    layers = [_load_layer(source, config, f"model.layers.{index}.") for index in range(config.num_layers)]
+    layers = [
+        kind.pack(config, _load_layer(source, config, f"model.layers.{index}.")) for index in range(config.num_layers)
+    ]
     norm = source.take("model.norm.weight")
-    lm_head = Linear(embedding if config.tie_word_embeddings else source.take("lm_head.weight"))
-    return Decoder(config, embedding, layers, norm, lm_head, max_model_len)
+    lm_head = embedding if config.tie_word_embeddings else source.take("lm_head.weight")
+    return kind(config, embedding, layers, norm, lm_head, max_model_len)
 
 
 class _TensorStream:
@@ -102,17 +105,18 @@ class _TensorStream:
         return torch.cat([self.take(name) for name in names])
 
 
-def _load_layer(source: _TensorStream, config: ModelConfig, prefix: str) -> DecoderLayer:
+def _load_layer(source: _TensorStream, config: ModelConfig, prefix: str) -> LayerWeights:
     def attention(kind: str) -> torch.Tensor:
         return source.stack([f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv"])
 
-    return DecoderLayer(
+    return LayerWeights(
         input_norm=source.take(prefix + "input_layernorm.weight"),
-        qkv=Linear(attention("weight"), attention("bias") if config.qkv_bias else None),
+        qkv=attention("weight"),
+        qkv_bias=attention("bias") if config.qkv_bias else None,
         q_norm=source.take(prefix + "self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm=source.take(prefix + "self_attn.k_norm.weight") if config.qk_norm else None,
-        o=Linear(source.take(prefix + "self_attn.o_proj.weight")),
+        o=source.take(prefix + "self_attn.o_proj.weight"),
         post_attention_norm=source.take(prefix + "post_attention_layernorm.weight"),
-        gate_up=Linear(source.stack([prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"])),
-        down=Linear(source.take(prefix + "mlp.down_proj.weight")),
+        gate_up=source.stack([prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"]),
+        down=source.take(prefix + "mlp.down_proj.weight"),
     )

@@ -9,7 +9,7 @@ from engine.model.kv_cache import kv_bytes_per_block
 
 CPU_DEFAULT_BYTES = 1 << 30  # or what the longest request needs; pages that are never written cost nothing
 CPU_FRACTION = 0.5  # of the memory available: the rest is for the process, its workspace and its neighbours
-CUDA_FRACTION = 0.9  # of the memory free once the weights are loaded, less the workspace below
+CUDA_FRACTION = 0.9  # of the memory that is free once weights and workspace are there; graphs and sampling take some
 
 
 def plan_num_blocks(
@@ -29,7 +29,7 @@ def plan_num_blocks(
         if budget is None and device.type == "cpu":
             budget = _default_cpu_bytes(needed * per_block)
         elif budget is None:
-            budget = _default_cuda_bytes(model, scheduler, device)
+            budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_FRACTION)
         # More than this no set of running requests can use.
         longest = scheduler.max_num_seqs * -(-scheduler.max_model_len // cache.block_size) + 1
         num_blocks = min(budget // per_block, longest)
@@ -44,15 +44,3 @@ def plan_num_blocks(
 def _default_cpu_bytes(longest_request_bytes: int) -> int:
     wanted = max(CPU_DEFAULT_BYTES, longest_request_bytes)
     return min(wanted, int(psutil.virtual_memory().available * CPU_FRACTION))
-
-
-def _default_cuda_bytes(model: ModelConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int((free - _workspace_bytes(model, scheduler)) * CUDA_FRACTION))
-
-
-def _workspace_bytes(model: ModelConfig, scheduler: SchedulerConfig) -> int:
-    """A generous bound on what one step allocates beside weights and KV: activations and logits in float32."""
-    activations = scheduler.token_budget * (4 * model.hidden_size + 6 * model.intermediate_size) * 4
-    logits = scheduler.max_num_seqs * model.vocab_size * 4 * 4
-    return activations + logits + (256 << 20)

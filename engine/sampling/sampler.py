@@ -35,19 +35,23 @@ class Sampler:
         A row that holds NaN or +inf is that request's error.
         """
         # NaN is the maximum of its row in torch, so that one look at the maxima finds NaN and infinity.
-        usable = torch.isfinite(logits.amax(dim=-1)).tolist()
+        maxima, likeliest = logits.max(dim=-1)
+        usable, token_ids = torch.stack((torch.isfinite(maxima), likeliest)).tolist()
         return [
-            self._sample_row(row, request)
+            self._sample_row(row, request, token_id)
             if ok
             else SampledToken(error="the model produced values that are not numbers (NaN or infinite logits)")
-            for row, request, ok in zip(logits, requests, usable, strict=True)
+            for row, request, ok, token_id in zip(logits, requests, usable, token_ids, strict=True)
         ]
 
-    def _sample_row(self, raw: torch.Tensor, request: Request) -> SampledToken:
+    def _sample_row(self, raw: torch.Tensor, request: Request, likeliest: int) -> SampledToken:
+        """`likeliest`: the first of the row's maxima, so that ties go to the lowest token id."""
         sampling = request.sampling
         row = adjust_logits(raw, request, self.stop_ids(sampling))
-        # argmax gives the first of equal maxima: ties go to the lowest token id.
-        token_id = int(row.argmax()) if sampling.is_greedy else _draw(row, request)
+        if sampling.is_greedy:
+            token_id = likeliest if row is raw else int(row.argmax())
+        else:
+            token_id = _draw(row, request)
         logprobs = None if sampling.logprobs is None else token_logprobs(raw, token_id, sampling.logprobs)
         return SampledToken(token_id, logprobs)
 

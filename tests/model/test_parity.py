@@ -82,19 +82,19 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_logits_of_every_position(pair: tuple[Any, Path], device: Device) -> None:
+def test_logits_of_every_position(pair: tuple[Any, Path]) -> None:
     model, path = pair
     prompt = torch.randint(0, 500, (LENGTH,), generator=torch.Generator().manual_seed(2)).tolist()
     reference = model(torch.tensor([prompt])).logits[0]
-    runner = make_engine(path, device)._runner
-    runner._kv_cache._data[:, :, 1:].fill_(float("nan"))
+    forward = make_engine(path, Device.CPU)._runner.forward
+    forward.kv_cache._data[:, :, 1:].fill_(float("nan"))
     request = Request("r", prompt, SamplingParams(seed=1))
     request.block_table = [*range(5, 44)]
     rows = []
     for start, stop in ((0, 1), (1, 17), (17, 300), (300, 301), (301, LENGTH)):
-        batch = runner._model_input([ScheduledChunk(request, start, stop - start)])
-        batch = replace(batch, logit_rows=torch.arange(stop - start, device=batch.positions.device))
-        rows.append(runner._decoder.forward(batch, runner._kv_cache).cpu())
+        batch = forward.make_input([ScheduledChunk(request, start, stop - start)])
+        batch = replace(batch, logit_rows=torch.arange(stop - start))
+        rows.append(forward.decoder.forward(batch, forward.kv_cache))
     assert relative_error(torch.cat(rows), reference) < 1e-4
 
 

@@ -1,0 +1,67 @@
+"""Models of random weights in the shapes of well-known ones: speed does not depend on what the weights say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.config import ModelConfig
+from engine.loader.checkpoint import TensorInfo
+from engine.loader.generation_defaults import GenerationDefaults
+from engine.model.weights import expected_tensors
+
+
+def _llama(
+    vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, tied: bool, context: int
+) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {
+    "tinyllama-1.1b": _llama(32_000, 2048, 5632, 22, 32, 4, False, 2048),
+    "smollm2-135m": _llama(49_152, 576, 1536, 30, 9, 3, True, 8192),
+    "mistral-7b": _llama(32_000, 4096, 14_336, 32, 32, 8, False, 32_768),
+    "tiny": _llama(320, 64, 144, 2, 4, 2, False, 2048),
+}
+
+
+def weight_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
+    """Bytes of weights that one decoding step reads: all but the embedding, of which it reads a row."""
+    tensors = expected_tensors(config)
+    if not config.tie_word_embeddings:
+        tensors.pop("model.embed_tokens.weight")
+    return sum(torch.Size(shape).numel() for shape in tensors.values()) * bytes_per_weight
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """A Checkpoint whose tensors are drawn when they are loaded, on the device that will hold them."""
+
+    config: ModelConfig
+    device: torch.device
+    path: Path = Path("random")
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    fingerprint: str = "random"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(shape, "float32", self.path) for name, shape in expected_tensors(self.config).items()}
+
+    def load(self, name: str) -> torch.Tensor:
+        shape = expected_tensors(self.config)[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, device=self.device)
+        return torch.randn(shape, device=self.device, dtype=torch.bfloat16) * shape[-1] ** -0.5
