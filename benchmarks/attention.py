@@ -24,8 +24,8 @@ from engine.kernels.flash_attention import flash_attention
 from engine.kernels.pdl import INTERPRETED
 
 PEAK_BYTES_PER_S = 3.35e12  # HBM3 of an H100 SXM, as its data sheet has it
-LAYERS_BYTES = 512 << 20  # keys and values of all calls together: many times what the second-level cache holds
-MAX_LAYERS = 32
+LAYERS_BYTES = 256 << 20  # keys and values of all calls together: several times what the second-level cache holds
+MAX_LAYERS = 512
 BLOCK_SIZE = 16
 
 

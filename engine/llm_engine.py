@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from engine.batch import SampledToken, ScheduledStep
+from engine.batch import SampledToken
 from engine.cache.block_manager import BlockManager
 from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.fingerprint import fingerprint
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
-from engine.request import FinishReason, Request, RequestOutput
+from engine.request import FinishReason, Request, RequestOutput, RequestStatus
 from engine.runner.device import prepare_device
 from engine.runner.forward import load_forward
-from engine.runner.model_runner import ModelRunner, is_out_of_memory
+from engine.runner.model_runner import LaunchedStep, ModelRunner, is_out_of_memory
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
 from engine.stats import EngineStats
@@ -44,6 +44,7 @@ class LLMEngine:
         self._scheduler = scheduler
         self._blocks = blocks
         self._sampler = sampler
+        self._in_flight: LaunchedStep | None = None
         self._num_steps = 0
         self._step_time_s = 0.0
         self._num_prompt_tokens = 0
@@ -115,27 +116,75 @@ class LLMEngine:
         return None if request is None else RequestOutput(request_id, finish_reason=FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, sample, commit. Returns what became of every request that the step moved on or ended."""
+        """Schedule, run, sample, commit. Returns what became of every request that the step moved on or ended.
+
+        Where the device chooses all tokens of a step itself, the next step is launched before this one is read: the
+        host's work and the device's then overlap. What that step computes for a request that this one turns out to
+        end is void; it touches only blocks that no later step has been given yet.
+        """
         started = perf_counter()
-        step = self._scheduler.schedule()
-        outputs = [self._end(request, FinishReason.LENGTH) for request in step.exhausted]
-        if step.chunks:
-            outputs += self._run(step)
+        outputs: list[RequestOutput] = []
+        launched, self._in_flight = self._in_flight, None
+        if launched is None:
+            step = self._scheduler.schedule()
+            outputs += [self._end(request, FinishReason.LENGTH) for request in step.exhausted]
+            if step.chunks:
+                try:
+                    launched = self._runner.launch(step)
+                except RuntimeError as error:
+                    outputs += self._out_of_memory([chunk.request for chunk in step.chunks], error)
+        if launched is not None:
+            self._scheduler.commit(launched.step)
+            self._in_flight = self._launch_ahead(launched)
+            outputs += self._read(launched)
+        if not self._scheduler.has_work:
+            self._in_flight = None  # nothing in it concerns anybody
         self._num_steps += 1
         self._step_time_s += STEP_TIME_SMOOTHING * (perf_counter() - started - self._step_time_s)
         return outputs
 
-    def _run(self, step: ScheduledStep) -> list[RequestOutput]:
-        sampling = [chunk.request for chunk in step.chunks if chunk.samples]
+    def _launch_ahead(self, launched: LaunchedStep) -> LaunchedStep | None:
+        """The step after `launched`, launched too, or None if it has to wait for what that one brings."""
+        live = [request for request in launched.sampling if request.status is RequestStatus.RUNNING]
+        if not self._runner.can_run_ahead(launched):
+            return None
+        if all(len(request.output_token_ids) + 1 >= request.sampling.max_tokens for request in live):
+            return None  # all of them end here
+        if self._blocks.pool.num_free_blocks < self._scheduler.num_running:
+            return None  # somebody might be preempted, whose pending token would be lost
+        for request in live:
+            request.num_pending_tokens = 1
+        step = self._scheduler.schedule()
+        assert not step.preempted
+        assert not step.exhausted
+        if not step.chunks:
+            return None
         try:
-            tokens = self._runner.run(step)
+            return self._runner.launch(step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = "out of memory in this step: lower max_num_seqs or token_budget, or give the KV cache less"
-            return [self._end(chunk.request, FinishReason.ERROR, message) for chunk in step.chunks]
-        self._scheduler.commit(step)
-        return [self._advance(request, token) for request, token in zip(sampling, tokens, strict=True)]
+            return None  # nothing of it is committed: it is scheduled again, alone, and fails as a step of its own
+
+    def _read(self, launched: LaunchedStep) -> list[RequestOutput]:
+        try:
+            tokens = self._runner.read(launched)
+        except RuntimeError as error:
+            return self._out_of_memory(launched.sampling, error)
+        outputs = []
+        for request, token in zip(launched.sampling, tokens, strict=True):
+            request.num_pending_tokens = 0
+            if request.finish_reason is None:  # else it was aborted, or ended, after this step was launched
+                outputs.append(self._advance(request, token))
+        return outputs
+
+    def _out_of_memory(self, requests: Sequence[Request], error: RuntimeError) -> list[RequestOutput]:
+        """End these requests, if that is what the error is."""
+        if not is_out_of_memory(error):
+            raise error
+        message = "out of memory in this step: lower max_num_seqs or token_budget, or give the KV cache less"
+        alive = [request for request in requests if request.finish_reason is None]
+        return [self._end(request, FinishReason.ERROR, message) for request in alive]
 
     def _advance(self, request: Request, sampled: SampledToken) -> RequestOutput:
         if sampled.error is not None:

@@ -114,6 +114,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # chosen on the device and not read yet: positions are known, ids are not (0 or 1)
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -125,10 +126,10 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens at positions [start, stop) of prompt and output together."""
+        """Tokens at positions [start, stop) of prompt and output together; none for a pending one."""
         border = len(self.prompt_token_ids)
         if stop <= border:
             return self.prompt_token_ids[start:stop]

@@ -37,7 +37,7 @@ from engine.kernels.attention_worklist import (
     AttentionWorkspace,
 )
 from engine.kernels.pdl import launch_dependents, supports_pdl, wait_for_producers
-from engine.kernels.softmax_state import attended, empty_state, finite, merge_states
+from engine.kernels.softmax_state import attended, empty_state, finite, merge_states, merged_state
 
 
 @triton.jit
@@ -110,73 +110,6 @@ def _split_state(
         weighted = multiply(weights, value, weighted * decay)
         maximum = both
     return maximum, tl.max(totals, axis=1), weighted
-
-
-@triton.jit
-def _load_state(
-    maxima,
-    totals,
-    weighted,
-    place,
-    mask,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """A state that another program left; empty where `mask` is false. Past the first-level cache, which does not see
-    other processors' stores."""
-    dims = tl.arange(0, BLOCK_DIM)
-    return (
-        tl.load(maxima + place, mask=mask, other=float("-inf"), cache_modifier=".cg"),
-        tl.load(totals + place, mask=mask, other=0.0, cache_modifier=".cg"),
-        tl.load(
-            weighted + place[:, None] * HEAD_DIM + dims[None, :],
-            mask=mask[:, None] & (dims < HEAD_DIM)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        ),
-    )
-
-
-@triton.jit
-def _merged_state(
-    maxima,
-    totals,
-    weighted,
-    place,
-    row,
-    num_rows,
-    split_stride,
-    num_splits,
-    M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """All splits of a tile, merged in ascending order. place: [M], where the first split's state is."""
-    a, b, c = empty_state(M, BLOCK_DIM)
-    if M * BLOCK_DIM <= 2048:
-        # Four at a time, so that their loads are under way together.
-        for split in range(0, num_splits, 4):
-            at = place + split * split_stride
-            a0, b0, c0 = _load_state(maxima, totals, weighted, at, row < num_rows, HEAD_DIM, BLOCK_DIM)
-            at += split_stride
-            rows = tl.where(split + 1 < num_splits, num_rows, 0)
-            a1, b1, c1 = _load_state(maxima, totals, weighted, at, row < rows, HEAD_DIM, BLOCK_DIM)
-            at += split_stride
-            rows = tl.where(split + 2 < num_splits, num_rows, 0)
-            a2, b2, c2 = _load_state(maxima, totals, weighted, at, row < rows, HEAD_DIM, BLOCK_DIM)
-            at += split_stride
-            rows = tl.where(split + 3 < num_splits, num_rows, 0)
-            a3, b3, c3 = _load_state(maxima, totals, weighted, at, row < rows, HEAD_DIM, BLOCK_DIM)
-            a, b, c = merge_states(a, b, c, a0, b0, c0)
-            a, b, c = merge_states(a, b, c, a1, b1, c1)
-            a, b, c = merge_states(a, b, c, a2, b2, c2)
-            a, b, c = merge_states(a, b, c, a3, b3, c3)
-    else:
-        for split in range(num_splits):
-            at = place + split * split_stride
-            a0, b0, c0 = _load_state(maxima, totals, weighted, at, row < num_rows, HEAD_DIM, BLOCK_DIM)
-            a, b, c = merge_states(a, b, c, a0, b0, c0)
-    return a, b, c
 
 
 @triton.jit
@@ -279,7 +212,7 @@ def _attend(
         tl.debug_barrier()
         if arrived == num_splits - 1:
             place = (tl.load(entry + FIRST_PARTIAL, cache_modifier=".cg") + row) * heads + head
-            maximum, total, weighted = _merged_state(
+            maximum, total, weighted = merged_state(
                 maxima,
                 totals,
                 partial_values,

@@ -126,6 +126,11 @@ class TritonDecoder:
             ),
         )
 
+    def logits(self, num_rows: int) -> torch.Tensor:
+        """The first rows of what the last `forward` returned, until the next."""
+        assert self._activations is not None, "reserve comes first"
+        return self._activations.logits[:num_rows]
+
     @torch.inference_mode()
     def forward(self, step: TritonInput, kv_cache: KVCache) -> torch.Tensor:
         """Run one step; writes its KV. Returns the logits of `step.logit_rows`: float32 [S, vocab_size], until the next

@@ -15,17 +15,31 @@ from engine.runner.eager_forward import EagerForward
 from engine.runner.memory import plan_num_blocks
 
 
+class StepLogits(Protocol):
+    """What a step leaves, in the order of its sampling chunks."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """float32 [S, vocab_size], until the next step is launched."""
+        ...
+
+    def choices(self) -> torch.Tensor:
+        """`greedy_choices(logits)` on the host, int64 [2, S]; waits for the step."""
+        ...
+
+
 class Forward(Protocol):
     """A decoder with its KV cache and the way to call it."""
 
     kv_cache: KVCache
+    feeds_back: bool  # whether a step may be launched while the choices of the one before it are unread
 
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def __call__(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
-        """Compute the chunks' KV; returns the logits of those that sample, in order: float32 [S, vocab_size], until
-        the next call."""
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> StepLogits:
+        """Compute the chunks' KV and the logits of those that sample. Pending tokens of requests are the greedy choices
+        of the step launched before."""
         ...
 
 

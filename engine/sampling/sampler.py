@@ -10,6 +10,7 @@ import torch
 
 from engine.batch import SampledToken
 from engine.request import Request, SamplingParams, TokenLogprobs
+from engine.sampling.greedy import greedy_choices, is_plain_greedy
 from engine.sampling.noise import gumbel_noise, gumbel_noise_of_vocabulary
 
 # The likeliest tokens that are looked at before a whole vocabulary is sorted: 0.5 ms against 4 ms for 49,152 on one
@@ -29,23 +30,26 @@ class Sampler:
         return eos | frozenset(sampling.stop_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], choices: torch.Tensor | None = None
+    ) -> list[SampledToken]:
         """The next token of each request. logits: float32 [len(requests), vocab_size], one row each; not changed.
 
-        A row that holds NaN or +inf is that request's error.
+        choices: `greedy_choices(logits)`, where it is there already. A row that holds NaN or +inf is that request's
+        error.
         """
-        # NaN is the maximum of its row in torch, so that one look at the maxima finds NaN and infinity.
-        maxima, likeliest = logits.max(dim=-1)
-        usable, token_ids = torch.stack((torch.isfinite(maxima), likeliest)).tolist()
+        usable, likeliest = (greedy_choices(logits) if choices is None else choices).tolist()
         return [
             self._sample_row(row, request, token_id)
             if ok
             else SampledToken(error="the model produced values that are not numbers (NaN or infinite logits)")
-            for row, request, ok, token_id in zip(logits, requests, usable, token_ids, strict=True)
+            for row, request, ok, token_id in zip(logits, requests, usable, likeliest, strict=True)
         ]
 
     def _sample_row(self, raw: torch.Tensor, request: Request, likeliest: int) -> SampledToken:
         """`likeliest`: the first of the row's maxima, so that ties go to the lowest token id."""
+        if is_plain_greedy(request):
+            return SampledToken(likeliest)
         sampling = request.sampling
         row = adjust_logits(raw, request, self.stop_ids(sampling))
         if sampling.is_greedy:

@@ -37,7 +37,7 @@ class Chunk:
 
 
 class Cache:
-    """Requests with random queries, keys and values at every position; NaN wherever none of them wrote."""
+    """Requests with random queries, keys and values at every position; NaN wherever none of them wrote, the null block included."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Cache:
         self.tables = [[order.pop() for _ in range(count)] for count in counts]
         shape = (2, sum(counts) + 1, block_size, heads.kv, heads.dim)
         caches = torch.full(shape, torch.nan, dtype=dtype)
-        caches[:, 0] = 0
         self.queries = []
         for context, table in zip(contexts, self.tables, strict=True):
             self.queries.append(torch.randn(context, heads.query, heads.dim, generator=generator).to(device, dtype))

@@ -20,9 +20,8 @@ from tests.kernels.products import (
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("ffn", "hidden"), [(88, 96), (37, 160)])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "dtype"), ROWS)
 def test_equals_the_twin(device: str, dtype: torch.dtype, ffn: int, hidden: int, rows: int) -> None:
     draw = Draw(device, dtype, rows)
     weight, norm, x = draw.weight(2 * ffn, hidden), draw.norm(hidden), draw.normal(rows, hidden)

@@ -22,9 +22,8 @@ VOCABULARY = 101
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [96, 160])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "dtype"), ROWS)
 def test_equals_the_twin(device: str, dtype: torch.dtype, hidden: int, rows: int) -> None:
     draw = Draw(device, dtype, rows)
     weight, norm, x = draw.weight(VOCABULARY, hidden), draw.norm(hidden), draw.normal(40, hidden)

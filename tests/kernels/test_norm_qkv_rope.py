@@ -13,6 +13,7 @@ from tests.kernels.products import (
     DEVICES,
     DTYPES,
     FEW_ROWS,
+    ROWS,
     WIDE_ROWS,
     Draw,
     assert_close,
@@ -21,8 +22,8 @@ from tests.kernels.products import (
 )
 
 BLOCK_SIZE = 8
-NUM_BLOCKS = 9
-MAX_LEN = 50
+NUM_BLOCKS = 24
+MAX_LEN = 200
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ SHAPES = [
     Shape(96, 3, 1, 64, bias=True, head_norm=False),
     Shape(160, 2, 1, 80, bias=False, head_norm=False),
     Shape(96, 2, 1, 80, bias=True, head_norm=True),
-    Shape(160, 2, 1, 128, bias=False, head_norm=True),
+    Shape(96, 2, 1, 128, bias=False, head_norm=True),
     Shape(96, 1, 1, 20, bias=True, head_norm=False),
 ]
 
@@ -85,9 +86,8 @@ def caches(draw: Draw, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(("rows", "dtype"), [case for case in ROWS if case[0] not in (16, 33)])
 def test_equals_the_twin(device: str, dtype: torch.dtype, shape: Shape, rows: int) -> None:
     draw = Draw(device, dtype, rows)
     weights, rope, x = projection(shape, draw), angles(draw, shape.head_dim), draw.normal(rows, shape.hidden)

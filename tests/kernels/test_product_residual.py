@@ -22,9 +22,8 @@ SHAPES = [(101, 96), (160, 160)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "dtype"), ROWS)
 def test_equals_the_twin(device: str, dtype: torch.dtype, shape: tuple[int, int], rows: int) -> None:
     draw = Draw(device, dtype, rows)
     weight, x, residual = draw.weight(*shape), draw.normal(rows, shape[1]), draw.normal(rows, shape[0])

@@ -12,6 +12,7 @@ from engine.batch import ScheduledChunk
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SamplingParams
+from engine.runner.step_rows import StepRows
 
 COMMON: dict[str, Any] = {
     "vocab_size": 500,
@@ -92,7 +93,8 @@ def test_logits_of_every_position(pair: tuple[Any, Path]) -> None:
     request.block_table = [*range(5, 44)]
     rows = []
     for start, stop in ((0, 1), (1, 17), (17, 300), (300, 301), (301, LENGTH)):
-        batch = forward.make_input([ScheduledChunk(request, start, stop - start)])
+        chunks = [ScheduledChunk(request, start, stop - start)]
+        batch = forward.make_input(chunks, StepRows.of(chunks, 16))
         batch = replace(batch, logit_rows=torch.arange(stop - start))
         rows.append(forward.decoder.forward(batch, forward.kv_cache))
     assert relative_error(torch.cat(rows), reference) < 1e-4
@@ -107,13 +109,13 @@ def test_decoded_logits_with_chunked_prefill_and_prefix_hit(
     recorded: list[torch.Tensor] = []
     sample = engine._sampler.sample
 
-    def recording_sample(logits: torch.Tensor, requests: list[Request]) -> Any:
+    def recording_sample(logits: torch.Tensor, *rest: Any) -> Any:
         recorded.extend(logits.cpu())
-        return sample(logits, requests)
+        return sample(logits, *rest)
 
     monkeypatch.setattr(engine._sampler, "sample", recording_sample)
     prompt = torch.randint(0, 500, (150,), generator=torch.Generator().manual_seed(3)).tolist()
-    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=0)
     for name, num_cached in (("first", 0), ("again", 144)):
         recorded.clear()
         (request,) = engine.generate([Request(name, prompt, sampling)])
