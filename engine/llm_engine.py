@@ -137,8 +137,9 @@ class LLMEngine:
             self._scheduler.commit(launched.step)
             self._in_flight = self._launch_ahead(launched)
             outputs += self._read(launched)
-        if not self._scheduler.has_work:
-            self._in_flight = None  # nothing in it concerns anybody
+        if self._in_flight is not None and not self._scheduler.has_work:
+            self._in_flight.outcome.choices()  # concerns nobody, but the device must be done with its buffers
+            self._in_flight = None
         self._num_steps += 1
         self._step_time_s += STEP_TIME_SMOOTHING * (perf_counter() - started - self._step_time_s)
         return outputs

@@ -44,7 +44,7 @@ class LateForward(EagerForward):
         for row, source in enumerate(rows.sources):
             if source >= 0:
                 assert self.last is not None
-                rows.token_ids[row] = int(self.last.computed[1, source])
+                rows.token_ids[row] = int(self.last.computed[source, 1])
         if self.last is not None:
             self.num_ahead += not self.last.was_read
             self.last.logits.fill_(float("nan"))

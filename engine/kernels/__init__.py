@@ -1,1 +1,1 @@
-"""Operators of the decoder. `reference` holds the plain-torch twin of each: the oracle, and the CPU path."""
+"""Operators of the decoder: Triton kernels with their launchers, and in `reference` their twins in plain torch."""

@@ -42,39 +42,34 @@ class Configuration:
 # The bits of every other configuration are compared with this one's.
 REFERENCE = Configuration(64, 64, 64, 4, 3, preload=0, fuse_norm=False)
 
-_ONE = Configuration(16, 16, 256, 2, 4, preload=2, one_row=True)
-_FEW = Configuration(16, 16, 256, 4, 4, preload=2)  # four warps share the work of the norm
-_MANY = Configuration(128, 128, 64, 8, 4, preload=0, fuse_norm=False)
-
-# First guesses, from what skinny products cost on one H100: for up to 16 rows narrow tiles, so that 2,048 weight rows
-# still occupy every SM; from 32 rows on wider ones, since each CTA reads all rows once more from L2. Below 128 rows the
-# stages take at most about 100 KB of shared memory, so that a CTA of the next kernel fits beside and fetches weights.
+# The fastest of a sweep over TinyLlama's shapes on one H100 80GB (benchmarks/results/kernels-tinyllama-h100-*.json).
+# Guesses that nobody has timed: the entries with a head norm, and norm_logits at 16, 32 and 128.
 _BY_BUCKET: dict[tuple[Kernel, int], Configuration] = {
-    ("norm_qkv_rope", 1): _ONE,
-    ("norm_qkv_rope", 16): _FEW,
-    ("norm_qkv_rope", 32): Configuration(32, 32, 128, 4, 5, fuse_norm=False),
-    ("norm_qkv_rope", 64): Configuration(32, 64, 128, 4, 5, fuse_norm=False),
-    ("norm_qkv_rope", 128): _MANY,
+    ("norm_qkv_rope", 1): Configuration(32, 16, 256, 4, 3, one_row=True),
+    ("norm_qkv_rope", 16): Configuration(32, 16, 256, 4, 6, prefetch=True, fuse_norm=False),
+    ("norm_qkv_rope", 32): Configuration(64, 32, 128, 4, 6, preload=0, fuse_norm=False),
+    ("norm_qkv_rope", 64): Configuration(64, 64, 128, 4, 4, fuse_norm=False),
+    ("norm_qkv_rope", 128): Configuration(64, 128, 128, 4, 3, preload=0, fuse_norm=False),
     ("norm_qkv_head_norm_rope", 1): Configuration(128, 16, 64, 4, 5, one_row=True),
     ("norm_qkv_head_norm_rope", 16): Configuration(128, 16, 64, 4, 5),
     ("norm_qkv_head_norm_rope", 32): Configuration(128, 32, 64, 4, 5, fuse_norm=False),
     ("norm_qkv_head_norm_rope", 64): Configuration(128, 64, 64, 8, 4, fuse_norm=False),
     ("norm_qkv_head_norm_rope", 128): Configuration(128, 64, 64, 8, 4, preload=0, fuse_norm=False),
-    ("product_residual", 1): _ONE,
-    ("product_residual", 16): _FEW,
-    ("product_residual", 32): Configuration(32, 32, 128, 4, 5),
-    ("product_residual", 64): Configuration(32, 64, 128, 4, 5),
-    ("product_residual", 128): Configuration(64, 128, 64, 4, 4, preload=0),
-    ("norm_gate_up_silu", 1): Configuration(32, 16, 256, 4, 4, preload=1, one_row=True),
-    ("norm_gate_up_silu", 16): Configuration(32, 16, 256, 4, 4, preload=1),
-    ("norm_gate_up_silu", 32): Configuration(64, 32, 128, 4, 4, fuse_norm=False),
-    ("norm_gate_up_silu", 64): Configuration(64, 64, 64, 4, 6, fuse_norm=False),
-    ("norm_gate_up_silu", 128): _MANY,
-    ("norm_logits", 1): Configuration(64, 16, 128, 4, 5, one_row=True),
+    ("product_residual", 1): Configuration(64, 16, 128, 4, 6, preload=0),
+    ("product_residual", 16): Configuration(64, 16, 128, 4, 6, preload=0),
+    ("product_residual", 32): Configuration(64, 32, 128, 4, 6),
+    ("product_residual", 64): Configuration(64, 64, 128, 4, 4),
+    ("product_residual", 128): Configuration(64, 128, 128, 4, 3, preload=0),
+    ("norm_gate_up_silu", 1): Configuration(32, 16, 256, 4, 3, one_row=True),
+    ("norm_gate_up_silu", 16): Configuration(64, 16, 128, 4, 4, preload=2),
+    ("norm_gate_up_silu", 32): Configuration(64, 32, 128, 4, 3, preload=2, fuse_norm=False),
+    ("norm_gate_up_silu", 64): Configuration(128, 64, 64, 8, 6, preload=2, fuse_norm=False),
+    ("norm_gate_up_silu", 128): Configuration(64, 128, 64, 4, 3, preload=0, fuse_norm=False),
+    ("norm_logits", 1): Configuration(64, 16, 128, 4, 3, preload=2, one_row=True),
     ("norm_logits", 16): Configuration(64, 16, 128, 4, 5),
-    ("norm_logits", 32): Configuration(64, 32, 128, 4, 4, fuse_norm=False),
-    ("norm_logits", 64): Configuration(64, 64, 64, 4, 6, fuse_norm=False),
-    ("norm_logits", 128): _MANY,
+    ("norm_logits", 32): Configuration(64, 32, 128, 4, 5, fuse_norm=False),
+    ("norm_logits", 64): Configuration(128, 64, 64, 8, 3, preload=2, fuse_norm=False),
+    ("norm_logits", 128): Configuration(128, 128, 64, 8, 4, preload=0, fuse_norm=False),
 }
 
 # (kernel, bucket, out_features, in_features): shapes that were tuned on their own go before the bucket's entry.

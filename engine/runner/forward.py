@@ -24,7 +24,7 @@ class StepLogits(Protocol):
         ...
 
     def choices(self) -> torch.Tensor:
-        """`greedy_choices(logits)` on the host, int64 [2, S]; waits for the step."""
+        """`greedy_choices(logits)` on the host, int64 [S, 2]; waits for the step."""
         ...
 
 

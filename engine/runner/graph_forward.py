@@ -73,7 +73,7 @@ class GraphForward:
         self._buckets: dict[int, _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         decoder.reserve(self._bucket_sizes[-1], self._max_logit_rows)
-        shape = (2, self._max_logit_rows)
+        shape = (self._max_logit_rows, 2)
         self._choices = torch.zeros(shape, dtype=torch.int64, device=decoder.device)  # of the last step
         self._host_choices = [torch.zeros(shape, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
         self._choice_of: dict[Request, int] = {}
@@ -104,9 +104,9 @@ class GraphForward:
 
     def _fetch_choices(self, num_wanted: int) -> _Launched:
         """Start copying the step's choices to the host, to the place that the step before the last one used."""
-        host = self._host_choices[self._num_steps % 2][:, :num_wanted]
+        host = self._host_choices[self._num_steps % 2][:num_wanted]
         self._num_steps += 1
-        host.copy_(self._choices[:, :num_wanted], non_blocking=True)
+        host.copy_(self._choices[:num_wanted], non_blocking=True)  # contiguous, or torch would wait
         arrived = None
         if self._on_gpu:
             arrived = torch.cuda.Event()
@@ -146,12 +146,12 @@ class GraphForward:
         size = bucket.num_rows
         sizes = [size] * 5 + [bucket.num_logit_rows]
         token_ids, sources, positions, slots, requests, logit_rows = bucket.inputs.split(sizes)
-        fed_back = self._choices[1].index_select(0, sources.clamp(min=0))
+        fed_back = self._choices[:, 1].index_select(0, sources.clamp(min=0))
         token_ids = torch.where(sources < 0, token_ids, fed_back)
         tables = self._block_tables.device_tables
         step = TritonInput(token_ids, positions, slots, requests.int(), tables, logit_rows)
         logits = self.decoder.forward(step, self.kv_cache)
-        self._choices[:, : bucket.num_logit_rows].copy_(greedy_choices(logits))
+        self._choices[: bucket.num_logit_rows].copy_(greedy_choices(logits))
 
     def _capture(self, bucket: _Bucket) -> None:
         """Record the step and run it. Its inputs are in place: recording itself computes nothing."""

@@ -6,10 +6,10 @@ from engine.request import Request
 
 
 def greedy_choices(logits: torch.Tensor) -> torch.Tensor:
-    """Of each row of logits [S, vocab_size]: whether it holds numbers only, and its first maximum. int64 [2, S]."""
+    """Of each row of logits [S, vocab_size]: whether it holds numbers only, and its first maximum. int64 [S, 2]."""
     # NaN is the maximum of its row in torch, so that one look at the maxima finds NaN and infinity.
     maxima, likeliest = logits.max(dim=-1)
-    return torch.stack((torch.isfinite(maxima), likeliest))
+    return torch.stack((torch.isfinite(maxima), likeliest), dim=1)
 
 
 def is_plain_greedy(request: Request) -> bool:

@@ -38,12 +38,12 @@ class Sampler:
         choices: `greedy_choices(logits)`, where it is there already. A row that holds NaN or +inf is that request's
         error.
         """
-        usable, likeliest = (greedy_choices(logits) if choices is None else choices).tolist()
+        rows = (greedy_choices(logits) if choices is None else choices).tolist()
         return [
             self._sample_row(row, request, token_id)
             if ok
             else SampledToken(error="the model produced values that are not numbers (NaN or infinite logits)")
-            for row, request, ok, token_id in zip(logits, requests, usable, likeliest, strict=True)
+            for row, request, (ok, token_id) in zip(logits, requests, rows, strict=True)
         ]
 
     def _sample_row(self, raw: torch.Tensor, request: Request, likeliest: int) -> SampledToken:
