@@ -82,10 +82,13 @@ def check_model(config: AppConfig) -> None:
     from engine.loader.checkpoint import open_checkpoint
     from engine.loader.fetch import resolve_model
     from engine.loader.progress import progress_on
+    from engine.model.weights import check_tensors
     from engine.tokenizer import load_tokenizer
 
     path = resolve_model(config.model, cache_dir=cache_dir(), progress=progress_on(sys.stderr))
-    config.engine_config(open_checkpoint(path).config)
+    checkpoint = open_checkpoint(path)
+    config.engine_config(checkpoint.config)
+    check_tensors(checkpoint)
     load_tokenizer(path)
 
 

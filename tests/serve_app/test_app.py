@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 from ray.serve.exceptions import RayServeException
+from safetensors.torch import load_file, save_file
 
 import serve_app
 from engine.errors import ConfigError, ModelError
 from serve_app.app import app, check_model
 from serve_app.config import parse_config
 from serve_app.launch import check_http_port, in_command_line, starts_ray_here
+from tests.tiny_models import write_tiny_model
 
 
 def test_the_package_exports_the_builder() -> None:
@@ -32,6 +34,14 @@ def test_broken_model_is_named_before_a_replica_starts(tmp_path: Path) -> None:
     broken.write_bytes(b"GGUF\x03\x00")
     with pytest.raises(RayServeException, match=r"^slipstream: .*cut\.gguf.*$"):
         app({"model": str(broken), "device": "cpu"})
+
+
+def test_missing_tensor_is_named_before_a_replica_starts(tmp_path: Path) -> None:
+    tensors = load_file(write_tiny_model(tmp_path) / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, str(tmp_path / "model.safetensors"))
+    with pytest.raises(RayServeException, match=r"^slipstream: .*'model\.norm\.weight' is missing$"):
+        app({"model": str(tmp_path), "device": "cpu"})
 
 
 def test_model_that_is_nowhere(tmp_path: Path) -> None:
