@@ -132,8 +132,11 @@ class AsyncEngine:
             self._end_all(FinishReason.ERROR, f"the engine failed: {error!r}")
 
     def _wait_for_work(self) -> bool:
-        """Block until there is something to do; False when it is time to stop."""
-        checked = False
+        """Block until there is something to do; False when it is time to stop.
+
+        Until then, prepares what the engine has left for such a moment, a little at a time.
+        """
+        checked, prepared = False, False
         while True:
             with self._wake:
                 if self._stopping:
@@ -141,8 +144,12 @@ class AsyncEngine:
                 if self._commands or self.engine.has_work:
                     return True
                 self._busy = False
-                signalled = self._wake.wait(None if checked else IDLE_CHECK_S)
-            if not signalled:
+                signalled = self._wake.wait((None if checked else IDLE_CHECK_S) if prepared else 0.0)
+            if signalled:
+                continue
+            if not prepared:
+                prepared = not self.engine.prepare_next()
+            else:
                 self.engine.check_integrity()
                 checked = True
 

@@ -15,11 +15,26 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """Number format of weights, activations and KV cache."""
+    """Number format of activations, and of weights and KV cache where these are not quantised."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Quantization(StrEnum):
+    """Number format of the matrices that are multiplied, see engine.quantize."""
+
+    NONE = "none"  # as the checkpoint has them: the engine's dtype, or what they were converted to
+    INT8 = "int8"  # weights in int8, one scale for each output channel
+    W8A8 = "w8a8"  # the same weights; in the layers, the rows that they are multiplied with are rounded to int8 too
+
+
+class KVCacheDType(StrEnum):
+    """Number format of the KV cache."""
+
+    AUTO = "auto"  # the engine's dtype
+    INT8 = "int8"  # with one scale for each head of each token
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None  # a token attends to itself and the `sliding_window - 1` before it
     eos_token_ids: tuple[int, ...] = ()
+    stored_quantization: Quantization = Quantization.NONE  # of the matrices in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class CacheConfig:
     num_blocks: int | None = None
     memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    dtype: KVCacheDType = KVCacheDType.AUTO
 
     def __post_init__(self) -> None:
         if self.block_size < 2 or self.block_size & (self.block_size - 1):
@@ -104,6 +121,8 @@ class EngineConfig:
 
     device: Device = Device.CPU
     dtype: DType | None = None  # None: bfloat16 where the device computes in it, else float32
+    quantization: Quantization = Quantization.NONE
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     num_threads: int | None = None  # CPU threads; None: every core this process may run on
+    warm_up: bool = True  # compile and record the usual steps before the engine is ready, not when they first come

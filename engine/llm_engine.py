@@ -9,18 +9,26 @@ from engine.batch import SampledToken
 from engine.cache.block_manager import BlockManager
 from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
 from engine.fingerprint import fingerprint
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
-from engine.request import FinishReason, Request, RequestOutput, RequestStatus
+from engine.quantize.formats import resolve_quantization
+from engine.request import FinishReason, Request, RequestOutput, RequestStatus, TokenLogprobs
 from engine.runner.device import prepare_device
-from engine.runner.forward import load_forward
+from engine.runner.forward import Forward, load_forward
 from engine.runner.model_runner import LaunchedStep, ModelRunner, is_out_of_memory
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
 from engine.stats import EngineStats
 
 STEP_TIME_SMOOTHING = 0.1  # weight of the newest step in the moving average
+NEED_LESS = "lower max_num_seqs or token_budget, or give the KV cache less"  # what to do when memory runs out
+
+OnProgress = Callable[[int, int], None]
+
+
+def _ignore(_done: int, _total: int) -> None:
+    pass
 
 
 class LLMEngine:
@@ -52,29 +60,35 @@ class LLMEngine:
 
     @classmethod
     def from_path(
-        cls, path: Path, config: EngineConfig, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+        cls, path: Path, config: EngineConfig, on_progress: OnProgress = _ignore, on_warm_up: OnProgress = _ignore
     ) -> "LLMEngine":
         """Load a model from a directory or a GGUF file. `on_progress(tensors loaded, tensors in all)`.
+
+        `on_warm_up(kinds of steps ready, in all)`: afterwards, where the device has something to compile.
 
         Raises:
             ModelError: the model cannot be loaded.
             ConfigError: the configuration does not fit the model or the device.
         """
-        return cls.from_checkpoint(open_checkpoint(path), config, on_progress)
+        return cls.from_checkpoint(open_checkpoint(path), config, on_progress, on_warm_up)
 
     @classmethod
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,
         config: EngineConfig,
-        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+        on_progress: OnProgress = _ignore,
+        on_warm_up: OnProgress = _ignore,
     ) -> "LLMEngine":
         """The same from a checkpoint that is open already."""
         model = checkpoint.config
         device, dtype = prepare_device(config)
         max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
         scheduling = replace(config.scheduler, max_model_len=max_model_len)
-        forward = load_forward(checkpoint, device, dtype, config.cache, scheduling, on_progress)
+        quantization = resolve_quantization(model, config.quantization)
+        forward = load_forward(checkpoint, device, dtype, config.cache, scheduling, on_progress, quantization)
+        if config.warm_up:
+            _warm_up(forward, on_warm_up)
         sampler = Sampler(model.eos_token_ids)
         pool = BlockPool(forward.kv_cache.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
         blocks = BlockManager(pool)
@@ -85,7 +99,7 @@ class LLMEngine:
             sampler,
             vocab_size=model.vocab_size,
             max_model_len=max_model_len,
-            fingerprint=fingerprint(checkpoint.fingerprint, device, dtype),
+            fingerprint=fingerprint(checkpoint.fingerprint, device, dtype, quantization, config.cache.dtype),
         )
 
     def add(self, request: Request) -> None:
@@ -107,6 +121,9 @@ class LLMEngine:
         if min(used) < 0 or max(used) >= self.vocab_size:
             raise InvalidRequest(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         request.sampling = request.sampling.seeded()
+        request.max_output_tokens = min(request.sampling.max_tokens, self.max_model_len - len(prompt))
+        request.stop_ids = self._sampler.stop_ids(request.sampling)
+        request.is_chosen_by_device = self._runner.chooses_on_device(request)
         self._scheduler.add(request)
         self._num_prompt_tokens += len(prompt)
 
@@ -137,24 +154,36 @@ class LLMEngine:
             self._scheduler.commit(launched.step)
             self._in_flight = self._launch_ahead(launched)
             outputs += self._read(launched)
-        if self._in_flight is not None and not self._scheduler.has_work:
-            self._in_flight.outcome.choices()  # concerns nobody, but the device must be done with its buffers
-            self._in_flight = None
+        if not self._scheduler.has_work:
+            self._settle()
         self._num_steps += 1
         self._step_time_s += STEP_TIME_SMOOTHING * (perf_counter() - started - self._step_time_s)
         return outputs
 
+    def prepare_next(self) -> bool:
+        """Without work: get one more kind of step ready that loading has left for later. False if none is left."""
+        assert not self.has_work, "steps are under way"
+        self._settle()
+        return self._runner.forward.prepare_next()
+
+    def _settle(self) -> None:
+        """Wait for a step that concerns nobody any more: the device must be done with its buffers."""
+        if self._in_flight is not None:
+            self._in_flight.outcome.choices()
+            self._in_flight = None
+
     def _launch_ahead(self, launched: LaunchedStep) -> LaunchedStep | None:
         """The step after `launched`, launched too, or None if it has to wait for what that one brings."""
-        live = [request for request in launched.sampling if request.status is RequestStatus.RUNNING]
         if not self._runner.can_run_ahead(launched):
             return None
-        if all(len(request.output_token_ids) + 1 >= request.sampling.max_tokens for request in live):
+        running = RequestStatus.RUNNING
+        live = [request for request in launched.sampling if request.status is running]
+        if all(len(request.output_token_ids) + 1 >= request.max_output_tokens for request in live):
             return None  # all of them end here
         if self._blocks.pool.num_free_blocks < self._scheduler.num_running:
             return None  # somebody might be preempted, whose pending token would be lost
         for request in live:
-            request.num_pending_tokens = 1
+            request.expect_output()
         step = self._scheduler.schedule()
         assert not step.preempted
         assert not step.exhausted
@@ -173,45 +202,43 @@ class LLMEngine:
         except RuntimeError as error:
             return self._out_of_memory(launched.sampling, error)
         outputs = []
-        for request, token in zip(launched.sampling, tokens, strict=True):
-            request.num_pending_tokens = 0
-            if request.finish_reason is None:  # else it was aborted, or ended, after this step was launched
-                outputs.append(self._advance(request, token))
+        details = tokens.details
+        for place, (request, token_id) in enumerate(zip(launched.sampling, tokens.token_ids, strict=True)):
+            if request.finish_reason is not None:  # it was aborted, or ended, after this step was launched
+                request.drop_expected_output()
+            else:
+                outputs.append(self._advance(request, token_id, details.get(place)))
         return outputs
 
     def _out_of_memory(self, requests: Sequence[Request], error: RuntimeError) -> list[RequestOutput]:
         """End these requests, if that is what the error is."""
         if not is_out_of_memory(error):
             raise error
-        message = "out of memory in this step: lower max_num_seqs or token_budget, or give the KV cache less"
+        message = f"out of memory in this step: {NEED_LESS}"
         alive = [request for request in requests if request.finish_reason is None]
         return [self._end(request, FinishReason.ERROR, message) for request in alive]
 
-    def _advance(self, request: Request, sampled: SampledToken) -> RequestOutput:
-        if sampled.error is not None:
-            return self._end(request, FinishReason.ERROR, sampled.error)
-        request.append_output(sampled.token_id)
+    def _advance(self, request: Request, token_id: int, details: SampledToken | None) -> RequestOutput:
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if details is not None:
+            if details.error is not None:
+                request.drop_expected_output()
+                return self._end(request, FinishReason.ERROR, details.error)
+            if details.logprobs is not None:
+                logprobs = (details.logprobs,)
+        request.append_output(token_id)
         self._num_output_tokens += 1
-        reason = self._finish_reason(request)
+        count = len(request.output_token_ids)
+        reason = stop_token_id = None
+        if token_id in request.stop_ids and count > request.sampling.min_tokens:
+            reason, stop_token_id = FinishReason.STOP, token_id
+        elif count >= request.max_output_tokens:
+            reason = FinishReason.LENGTH
         if reason is not None:
             self._scheduler.finish(request, reason)
-        return RequestOutput(
-            request.request_id,
-            token_ids=(sampled.token_id,),
-            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
-            finish_reason=reason,
-            stop_token_id=sampled.token_id if reason is FinishReason.STOP else None,
-            num_cached_tokens=request.num_cached_tokens,
-        )
-
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        sampling = request.sampling
-        count = len(request.output_token_ids)
-        if count > sampling.min_tokens and request.output_token_ids[-1] in self._sampler.stop_ids(sampling):
-            return FinishReason.STOP
-        if count >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        # By position: half the time of keywords, and a full step makes hundreds.
+        num_cached_tokens = request.num_cached_tokens
+        return RequestOutput(request.request_id, (token_id,), logprobs, reason, stop_token_id, None, num_cached_tokens)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
         self._scheduler.finish(request, reason)
@@ -254,3 +281,12 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Assert that every block is accounted for; cheap enough to run whenever the engine is idle."""
         self._scheduler.check_integrity()
+
+
+def _warm_up(forward: Forward, on_warm_up: OnProgress) -> None:
+    try:
+        forward.warm_up(on_warm_up)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"out of memory before the first step: {NEED_LESS}") from error

@@ -95,12 +95,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first, ties by id
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One stream of tokens. Mutated by the scheduler and the engine only.
 
     Token positions count from 0 through prompt and output together. `num_computed_tokens` is how many
-    of them have their KV in this request's blocks.
+    of them have their KV in this request's blocks. What every step asks of every request is a plain attribute.
     """
 
     request_id: str
@@ -118,31 +118,63 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    output_counts: Counter[int] = field(default_factory=Counter)  # for presence and frequency penalties
+    num_tokens: int = field(init=False)  # of prompt and output, with the pending one
+
+    # Filled in by the engine, which knows the model.
+    stop_ids: frozenset[int] = frozenset()  # the tokens that end it
+    max_output_tokens: int = 0  # `max_tokens`, or what the context leaves for an answer
+    is_chosen_by_device: bool = False  # its tokens need nothing of the host
+
+    _output_counts: Counter[int] = field(default_factory=Counter, init=False, repr=False)
+    _num_counted_tokens: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+    def output_counts(self) -> Counter[int]:
+        """How often each token was output, for the penalties; counted when asked for, since few requests have any."""
+        if self._num_counted_tokens < len(self.output_token_ids):
+            self._output_counts.update(self.output_token_ids[self._num_counted_tokens :])
+            self._num_counted_tokens = len(self.output_token_ids)
+        return self._output_counts
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens at positions [start, stop) of prompt and output together; none for a pending one."""
         border = len(self.prompt_token_ids)
         if stop <= border:
             return self.prompt_token_ids[start:stop]
-        return self.prompt_token_ids[start:border] + self.output_token_ids[max(start - border, 0) : stop - border]
+        if start >= border:
+            return self.output_token_ids[start - border : stop - border]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - border]
+
+    def expect_output(self) -> None:
+        """The device is choosing the next token."""
+        assert not self.num_pending_tokens, f"request {self.request_id} expects two tokens at once"
+        self.num_pending_tokens = 1
+        self.num_tokens += 1
 
     def append_output(self, token_id: int) -> None:
+        """Add the next token, the expected one if there is one."""
         self.output_token_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        if self.num_pending_tokens:
+            self.num_pending_tokens = 0
+        else:
+            self.num_tokens += 1
+
+    def drop_expected_output(self) -> None:
+        """Forget the token that the device is choosing, if any: nobody wants it."""
+        self.num_tokens -= self.num_pending_tokens
+        self.num_pending_tokens = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a full step makes hundreds of them, in a fifth of the time
 class RequestOutput:
-    """What one engine step produced for one request."""
+    """What one engine step produced for one request. Never changed once it is made."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()  # new since the last output

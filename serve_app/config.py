@@ -9,9 +9,19 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    KVCacheDType,
+    ModelConfig,
+    Quantization,
+    SchedulerConfig,
+)
 from engine.errors import ConfigError
 from engine.loader.catalogue import DEFAULT_MODEL
+from engine.quantize.formats import resolve_quantization
 
 _BYTES_PER_GB = 10**9
 # Calls that Serve lets a replica run beyond those that our own limits allow: acknowledgements, aborts and health
@@ -64,6 +74,8 @@ class AppConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="one of auto, float32, bfloat16, float16"
     )
+    quantization: Literal["none", "int8", "w8a8"] = Field("none", description="one of none, int8, w8a8")
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="one of auto, int8")
     max_model_len: _OptionalCount = None  # None: the model's context length
     max_num_seqs: _Count = 256
     token_budget: _OptionalCount = None  # None: as TOKEN_BUDGETS says
@@ -102,6 +114,7 @@ class AppConfig(BaseModel):
             num_blocks=self.num_kv_blocks,
             memory_bytes=None if gigabytes is None else int(gigabytes * _BYTES_PER_GB),
             enable_prefix_caching=self.enable_prefix_caching,
+            dtype=KVCacheDType(self.kv_cache_dtype),
         )
 
     def resolve_max_model_len(self, model: ModelConfig) -> int:
@@ -129,6 +142,7 @@ class AppConfig(BaseModel):
         return EngineConfig(
             device=Device(self.device),
             dtype=None if self.dtype == "auto" else DType(self.dtype),
+            quantization=resolve_quantization(model, Quantization(self.quantization)),
             cache=self._cache_config(),
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs,

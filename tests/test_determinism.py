@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, KVCacheDType, Quantization, SchedulerConfig
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SamplingParams
 from tests.tiny_models import write_tiny_model
@@ -24,10 +24,22 @@ PENALISED = {
 PLAIN = {"temperature": 1.0}
 
 
-Model = tuple[Path, Device, DType]
+Formats = tuple[Device, DType, Quantization, KVCacheDType]
+Model = tuple[Path, Formats]
 
-CPU = [(Device.CPU, DType.FLOAT32), (Device.CPU, DType.BFLOAT16)]
-CUDA = [(Device.CUDA, DType.FLOAT32), (Device.CUDA, DType.BFLOAT16), (Device.CUDA, DType.FLOAT16)]
+PLAIN_FORMATS = (Quantization.NONE, KVCacheDType.AUTO)
+QUANTISED_FORMATS = [
+    (DType.BFLOAT16, Quantization.INT8, KVCacheDType.AUTO),
+    (DType.BFLOAT16, Quantization.W8A8, KVCacheDType.INT8),
+]
+CPU: list[Formats] = [
+    *((Device.CPU, dtype, *PLAIN_FORMATS) for dtype in (DType.FLOAT32, DType.BFLOAT16)),
+    *((Device.CPU, *formats) for formats in QUANTISED_FORMATS),
+]
+CUDA: list[Formats] = [
+    *((Device.CUDA, dtype, *PLAIN_FORMATS) for dtype in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16)),
+    *((Device.CUDA, *formats) for formats in QUANTISED_FORMATS),
+]
 
 
 @pytest.fixture(
@@ -36,15 +48,18 @@ CUDA = [(Device.CUDA, DType.FLOAT32), (Device.CUDA, DType.BFLOAT16), (Device.CUD
     ids=lambda each: "-".join(each),
 )
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024), *request.param
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024), request.param
 
 
 def make_engine(model: Model, num_blocks: int = 700, prefix_caching: bool = True, **scheduling: Any) -> LLMEngine:
-    path, device, dtype = model
-    cache = CacheConfig(block_size=16, num_blocks=num_blocks, enable_prefix_caching=prefix_caching)
+    path, (device, dtype, quantization, kv_cache_dtype) = model
+    cache = CacheConfig(16, num_blocks, enable_prefix_caching=prefix_caching, dtype=kv_cache_dtype)
     scheduler = SchedulerConfig(**{"max_num_seqs": 64, "max_model_len": 1024} | scheduling)
     return LLMEngine.from_path(
-        path, EngineConfig(device=device, dtype=dtype, cache=cache, scheduler=scheduler, num_threads=1)
+        path,
+        EngineConfig(
+            device=device, dtype=dtype, quantization=quantization, cache=cache, scheduler=scheduler, num_threads=1
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, InvalidRequest, ModelError
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from engine.runner.eager_forward import EagerForward
 from tests.tiny_models import write_tiny_model
 
 POISONED_TOKEN = 77
@@ -147,6 +148,18 @@ def test_out_of_memory_fails_the_step_and_the_engine_goes_on(path: Path, monkeyp
     monkeypatch.setattr(engine._runner.forward.decoder, "forward", forward)
     engine.generate([late])
     assert late.output_token_ids == expected
+
+
+def test_out_of_memory_before_the_first_step_is_a_matter_of_configuration(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(EagerForward, "warm_up", exhausted)
+    with pytest.raises(ConfigError, match="before the first step: lower max_num_seqs"):
+        LLMEngine.from_path(path, EngineConfig(num_threads=1))
+    LLMEngine.from_path(path, EngineConfig(num_threads=1, warm_up=False))
 
 
 def test_abort_frees_at_once(path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -26,9 +28,9 @@ class Late:
     computed: torch.Tensor
     was_read: bool = False
 
-    def choices(self) -> torch.Tensor:
+    def choices(self) -> npt.NDArray[np.int64]:
         self.was_read = True
-        return self.computed
+        return self.computed.numpy()
 
 
 class LateForward(EagerForward):
@@ -40,11 +42,13 @@ class LateForward(EagerForward):
     num_ahead = 0
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> Late:  # type: ignore[override]
-        rows = StepRows.of(chunks, self.kv_cache.block_size, self.choice_of)
-        for row, source in enumerate(rows.sources):
-            if source >= 0:
-                assert self.last is not None
-                rows.token_ids[row] = int(self.last.computed[source, 1])
+        pending = [chunk.request for chunk in chunks if chunk.request.num_pending_tokens]
+        for request in pending:
+            assert self.last is not None
+            request.output_token_ids.append(int(self.last.computed[self.choice_of[request], 1]))
+        rows = StepRows.of(chunks, self.kv_cache.block_size)
+        for request in pending:
+            request.output_token_ids.pop()
         if self.last is not None:
             self.num_ahead += not self.last.was_read
             self.last.logits.fill_(float("nan"))
@@ -154,3 +158,17 @@ def test_out_of_memory_ahead_loses_nothing(path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(forward, "launch", tight)
     requests = engine.generate(make_requests())
     assert [r.output_token_ids for r in requests] == [r.output_token_ids for r in expected]
+
+
+def test_an_idle_engine_waits_for_what_is_under_way(path: Path) -> None:
+    engine = make_engine(path, ahead=True)
+    engine.add(Request("a", [5] * 20, SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)))
+    engine.step()
+    assert engine._in_flight is not None
+    with pytest.raises(AssertionError, match="under way"):
+        engine.prepare_next()
+    engine.abort("a")
+    assert not engine.prepare_next()  # nothing is compiled on a CPU
+    assert engine._in_flight is None
+    expected = make_engine(path, ahead=False).generate(make_requests())
+    assert [r.output_token_ids for r in engine.generate(make_requests())] == [r.output_token_ids for r in expected]

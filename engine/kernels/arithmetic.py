@@ -38,6 +38,14 @@ def multiply(a, b, acc):
 
 
 @triton.jit
+def multiply_int8(a, b, acc):
+    """acc + a b of int8 operands: int32, exact."""
+    if _INTERPRETED:
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.int32)
+    return tl.dot(a, b, acc, out_dtype=tl.int32)
+
+
+@triton.jit
 def tree_sum(values, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
     """Sums of the rows of [ROWS, WIDTH] by adding neighbours HALVINGS = log2(WIDTH) times; returns [ROWS].
 

@@ -14,13 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.pdl import launch_dependents, supports_pdl, wait_for_producers
+from engine.kernels.pdl import supports_pdl, wait_for_producers
 
 SPLIT_TOKENS = 256  # keys of a split; part of what a row's bits depend on, like KEY_TILE
 KEY_TILE = 64
 SMALL_M = 16  # rows of a product (batch rows x query heads of a key-value head): the least that a tensor core takes
 LARGE_M = 64
 MAX_PARTIAL_BYTES = 64 << 20
+# Of the attention kernel, as compiled for sm_90: up to 255 registers a thread, 4 warps, at most 84 KB of shared memory.
+PROGRAMS_PER_PROCESSOR = 2
 
 ENTRY_FIELDS = 16  # int32 fields of an entry, of which 10 are used: an entry is two sectors of 32 bytes
 
@@ -33,7 +35,7 @@ SPLIT_END = tl.constexpr(5)
 PARTIAL = tl.constexpr(6)  # where the first row leaves its partial state; -1: nothing to merge, write the output
 FIRST_PARTIAL = tl.constexpr(7)  # where the tile's first split leaves its own
 NUM_SPLITS = tl.constexpr(8)  # of the tile
-IS_LARGE = tl.constexpr(9)
+STEP_POSITION = tl.constexpr(9)  # the first position of the request in this step: what lies before does not change
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _begins(row, num_rows, row_request, positions):
     return (row <= 0) | (row >= num_rows) | (elsewhere & ((request >= 0) | (before >= 0)))
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_partials", "spread_below_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "max_partials", "spread_below_tiles", "num_programs"])
 def _worklist_kernel(
     row_request,
     positions,
@@ -68,6 +70,7 @@ def _worklist_kernel(
     num_rows,
     max_partials,
     spread_below_tiles,
+    num_programs,
     BLOCK_ROWS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SMALL_ROWS: tl.constexpr,
@@ -77,8 +80,7 @@ def _worklist_kernel(
     FIELDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_producers(PDL)
+    wait_for_producers(PDL)  # launches no dependents: attention reads the list before its own wait
     row = tl.arange(0, BLOCK_ROWS)
     inside = row < num_rows
     request = tl.maximum(tl.load(row_request + row, mask=inside, other=-1, cache_modifier=".cg"), -1)
@@ -89,7 +91,8 @@ def _worklist_kernel(
     tail = _begins(row + 1, num_rows, row_request, positions)
     run_start = tl.associative_scan(tl.where(head, row, 0), 0, _larger)
     run_end = tl.associative_scan(tl.where(tail, row, BLOCK_ROWS), 0, _smaller, reverse=True)
-    large = run_end - run_start >= (SMALL_ROWS if LARGE_ROWS > 0 else BLOCK_ROWS)
+    # What fills half a large tile at most is sooner done in small ones.
+    large = run_end - run_start >= (LARGE_ROWS // 2 if LARGE_ROWS > 0 else BLOCK_ROWS)
 
     # Tiles, each described at its first row.
     tile_rows = tl.where(large, LARGE_ROWS, SMALL_ROWS)
@@ -100,14 +103,17 @@ def _worklist_kernel(
         split_begin = tl.maximum(position - WINDOW + 1, 0) // SPLIT_TOKENS
     num_splits = tl.where(request >= 0, (position + count - 1) // SPLIT_TOKENS + 1 - split_begin, 0)
 
-    # Large tiles are spread over several programs only where they are too few to fill the device.
+    # Large tiles are spread over several programs only where they are too few to fill the device; small ones where one
+    # alone would take more than half of a program's share of all splits.
     num_large = tl.sum((first & large & (request >= 0)).to(tl.int32), axis=0)
-    spread = first & (num_splits > 1) & (num_large < tl.where(large, spread_below_tiles, BLOCK_ROWS + 1))
+    share = tl.sum(tl.where(first, num_splits, 0), axis=0) * KV_HEADS
+    excess = tl.where(large, spread_below_tiles - num_large, 2 * num_splits * num_programs - share)
+    spread = first & (num_splits > 1) & (excess > 0)
     partials = tl.where(spread, count * num_splits, 0)
     partial = tl.cumsum(partials, 0) - partials
     spread = spread & (partial + partials <= max_partials)
 
-    # Large tiles first, the last rows (which see most keys) before the others: the longest work starts earliest.
+    # Large tiles first, the last rows (which see most keys) before the others.
     size = tl.where(first, tl.where(spread, num_splits, 1), 0)
     large_size = tl.where(large, size, 0)
     num_large_entries = tl.sum(large_size, axis=0)
@@ -118,6 +124,7 @@ def _worklist_kernel(
         num_large_entries + tl.cumsum(small_size, 0) - small_size,
     )
     tl.store(num_entries, tl.sum(size, axis=0))
+    tl.store(num_entries + 1, num_large_entries)
     for head_index in range(KV_HEADS):
         tl.store(counters + row * KV_HEADS + head_index, row * 0, mask=spread)
     for index in range(tl.max(size, axis=0)):
@@ -132,17 +139,17 @@ def _worklist_kernel(
         tl.store(entry + PARTIAL, tl.where(spread, partial + index * count, -1), mask=mask)
         tl.store(entry + FIRST_PARTIAL, partial, mask=mask)
         tl.store(entry + NUM_SPLITS, num_splits, mask=mask)
-        tl.store(entry + IS_LARGE, large.to(tl.int32), mask=mask)
+        tl.store(entry + STEP_POSITION, position - (row - run_start), mask=mask)
 
 
 @dataclass(frozen=True)
 class AttentionWorkspace:
     """What attention needs between its kernels, for steps of up to `max_rows` rows; one for all graphs of a stream.
 
-    entries: int32 [max_rows + max_partials, ENTRY_FIELDS]; num_entries: int32 [1]; counters: int32 [max_rows, KVH],
-    of spread tiles: how many of their programs are done; maxima, totals: float32 [max_partials, H] and values: float32
-    [max_partials, H, D], the states of spread tiles, one for each row and split. All may hold anything before
-    `build_worklist`, which every step begins with.
+    entries: int32 [max_rows + max_partials, ENTRY_FIELDS]; num_entries: int32 [2], of all and of the large tiles among
+    them; counters: int32 [max_rows, KVH], of spread tiles: how many of their programs are done; maxima, totals: float32
+    [max_partials, H] and values: float32 [max_partials, H, D], the states of spread tiles, one for each row and split.
+    All may hold anything before `build_worklist`, which every step begins with.
 
     large_tiles: whether chunks get tiles of LARGE_M; a graph for decoding alone is leaner without.
     num_processors: what the device has, for the choice of grids.
@@ -169,12 +176,22 @@ class AttentionWorkspace:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def num_programs(self) -> int:
+        """Of the attention kernel, where there is work for so many."""
+        return PROGRAMS_PER_PROCESSOR * self.num_processors
+
+    @property
+    def at_once(self) -> bool:
+        """Whether small tiles take all keys of a split at once: on tensor cores, while that fits into registers."""
+        return self.dtype.itemsize == 2 and self.small_m <= LARGE_M // 2 and self.head_dim <= 128
+
+    @property
     def small_m(self) -> int:
         return max(SMALL_M, triton.next_power_of_2(self.group))
 
     def large_m(self, num_rows: int) -> int:
         """0 if a step of `num_rows` rows has no large tiles."""
-        if not self.large_tiles or num_rows <= self.small_m // self.group or self.small_m >= LARGE_M:
+        if not self.large_tiles or num_rows <= LARGE_M // self.group // 2 or self.small_m > LARGE_M // 2:
             return 0
         return LARGE_M
 
@@ -207,7 +224,7 @@ def attention_workspace(
         num_processors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2,
         max_splits=max_splits,
         entries=torch.empty((max_rows + max_partials, ENTRY_FIELDS), dtype=torch.int32, device=device),
-        num_entries=torch.empty(1, dtype=torch.int32, device=device),
+        num_entries=torch.empty(2, dtype=torch.int32, device=device),
         counters=torch.empty((max_rows, num_kv_heads), dtype=torch.int32, device=device),
         maxima=torch.empty((max_partials, num_heads), device=device),
         totals=torch.empty((max_partials, num_heads), device=device),
@@ -221,7 +238,10 @@ def build_worklist(
     """Cut a step into work: once a step, before its first `flash_attention`. Does not wait for the device.
 
     row_request: int32 [N], each row's row of the block tables; negative for rows of nobody. positions: int64 [N].
-    N may be anything up to the workspace's rows. pdl: False starts it only when the kernels before it are done.
+    N may be anything up to the workspace's rows. A request's rows should stand together at consecutive positions: rows
+    that do not are computed rightly too, but then only where `flash_attention` is launched with pdl=False.
+    pdl: False starts it only when the kernels before it are done. The next kernel must be launched without, since
+    attention reads the list before it waits for the kernel ahead of it.
     """
     num_rows = row_request.shape[0]
     assert positions.shape == (num_rows,)
@@ -239,6 +259,7 @@ def build_worklist(
         num_rows,
         workspace.values.shape[0],
         -(-workspace.num_processors // workspace.num_kv_heads),
+        workspace.num_programs,
         BLOCK_ROWS=max(32, triton.next_power_of_2(num_rows)),
         KV_HEADS=workspace.num_kv_heads,
         SMALL_ROWS=workspace.small_m // group,
@@ -247,6 +268,6 @@ def build_worklist(
         WINDOW=workspace.sliding_window or 0,
         FIELDS=ENTRY_FIELDS,
         PDL=use_pdl,
-        num_warps=8 if num_rows > 256 else 4,
+        num_warps=1 if num_rows <= 32 else 4 if num_rows <= 256 else 8,  # a warp alone scans without barriers
         launch_pdl=use_pdl,
     )

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from engine.kernels.arithmetic import round_to
-from engine.kernels.configurations import Configuration, configuration_for
-from engine.kernels.norm_rows import norm_rows
+from engine.kernels.configurations import Configuration, configuration_for, fitted
+from engine.kernels.matrix import Matrix
 from engine.kernels.pair_order import pair_group, pair_order
-from engine.kernels.product import accumulate, begin, norm_options, row_scales, split_pairs, tile_options
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, split_pairs, weight_pointer
+from engine.kernels.row_norm import NormedRows, load_parts, row_scale
 
 
 def gate_up_row_order(ffn_size: int) -> torch.Tensor:
@@ -21,38 +22,57 @@ def gate_up_row_order(ffn_size: int) -> torch.Tensor:
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _norm_gate_up_silu(
     x_ptr,
-    norm_ptr,
+    squares_ptr,
     w_ptr,
+    scales_ptr,
+    row_scales_ptr,
     out_ptr,
     rows,
     eps,
     OUT: tl.constexpr,
     GROUP: tl.constexpr,
-    NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_COLUMNS: tl.constexpr,
+    PART_HALVINGS: tl.constexpr,
+    PART_STRIDE: tl.constexpr,
     K: tl.constexpr,
+    SLICE: tl.constexpr,
+    INT8: tl.constexpr,
+    INT8_ROWS: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
+    STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALVINGS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
-    weight_rows = tl.minimum(tile * BLOCK_M + tl.arange(0, BLOCK_M), OUT - 1)
-    first, second = begin(w_ptr, tile * BLOCK_M, weight_rows, OUT, K, BLOCK_M, BLOCK_K, PRELOAD, SEGMENTS, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     source = first_row + tl.arange(0, LOAD_N)
-    scale = 0
-    if NORM:
-        scale = row_scales(x_ptr, source * K, source < rows, eps, LOAD_N, K, COLUMNS, HALVINGS)
+    if FEW:  # under way beside the product; for many rows it would cost registers
+        parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     acc = accumulate(
-        first, second, w_ptr, weight_rows, x_ptr, source * K, source < rows, scale, norm_ptr,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, LOAD_N, PRELOAD, NORM,
+        first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
+        OUT, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
+    if not FEW:
+        parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
+    acc = scaled(
+        acc,
+        scales_ptr,
+        row_scales_ptr,
+        tile * BLOCK_M + tl.arange(0, BLOCK_M),
+        source,
+        source < rows,
+        OUT,
+        INT8,
+        INT8_ROWS,
+    )
+    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
     dtype = out_ptr.dtype.element_ty
     gate, up = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
     activated = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
@@ -63,45 +83,36 @@ def _norm_gate_up_silu(
 
 
 def norm_gate_up_silu(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
+    x: NormedRows,
+    matrix: Matrix,
     out: torch.Tensor,
     *,
-    normed: torch.Tensor | None = None,
     configuration: Configuration | None = None,
     pdl: bool = True,
 ) -> None:
     """out = silu(gate) · up of the normalised rows; gate and up are rounded to the dtype before.
 
-    x [N, K], norm float32 [K], weight [2F, K] in the order of `gate_up_row_order`, out [N, F]; contiguous.
-    normed: scratch [N, K] for configurations that do not fuse the norm; made there if None.
+    x: rows [N, K]; matrix [2F, K] in the order of `gate_up_row_order`; out [N, F], contiguous.
     configuration: in place of the table's entry. pdl: False launches the kernel only when those before it are done.
     """
-    rows, features = x.shape
-    outputs = weight.shape[0]
-    assert weight.shape == (outputs, features)
+    rows, outputs = x.weighted.shape[0], matrix.out_features
+    assert x.weighted.shape == (rows, matrix.in_features)
     assert out.shape == (rows, outputs // 2)
     assert outputs % 2 == 0
-    assert norm.dtype == torch.float32
-    assert norm.shape == (features,)
-    assert x.dtype == weight.dtype == out.dtype
-    assert all(t.is_contiguous() for t in (x, norm, weight, out))
-    configuration = configuration or configuration_for("norm_gate_up_silu", rows, outputs, features)
-    if not configuration.fuse_norm:
-        x = norm_rows(x, norm, eps, normed, pdl=pdl)
-    grid = triton.cdiv(outputs, configuration.block_m) * triton.cdiv(rows, configuration.block_n)
-    _norm_gate_up_silu[(grid,)](
-        x,
-        norm,
-        weight,
+    assert (torch.int8 if matrix.rounds_inputs else out.dtype) == x.weighted.dtype
+    assert all(t.is_contiguous() for t in (x.weighted, matrix.rows, out))
+    configuration = fitted(configuration or configuration_for("norm_gate_up_silu", rows, matrix), rows, matrix)
+    _norm_gate_up_silu[(num_programs(configuration, rows, outputs),)](
+        x.weighted,
+        x.squares,
+        weight_pointer(matrix, configuration),
+        x.squares if matrix.scales is None else matrix.scales,
+        x.squares if x.scales is None else x.scales,
         out,
         rows,
-        eps,
+        x.eps,
         OUT=outputs,
         GROUP=pair_group(outputs // 2),
-        NORM=configuration.fuse_norm,
-        **norm_options(features),
-        **tile_options(configuration, rows, weight, features, pdl),
+        **x.options(),
+        **product_options(configuration, rows, matrix, pdl),
     )

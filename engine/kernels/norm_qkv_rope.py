@@ -9,17 +9,11 @@ import triton
 import triton.language as tl
 
 from engine.kernels.arithmetic import halvings, round_to, tree_sum
-from engine.kernels.configurations import Configuration, Kernel, configuration_for
-from engine.kernels.norm_rows import norm_rows
+from engine.kernels.configurations import Configuration, FewRows, Kernel, configuration_for, fitted
+from engine.kernels.matrix import TILE_ROWS, Matrix
 from engine.kernels.pair_order import pair_group, pair_order
-from engine.kernels.product import (
-    accumulate,
-    begin,
-    norm_options,
-    row_scales,
-    split_pairs,
-    tile_options,
-)
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, split_pairs, weight_pointer
+from engine.kernels.row_norm import NormedRows, load_parts, row_scale
 
 
 def qkv_row_order(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
@@ -31,12 +25,11 @@ def qkv_row_order(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Ten
 class QKVWeights:
     """What the kernel reads of a layer: it never changes after loading.
 
-    norm: float32 [K]. weight [(H + 2 KVH) D, K] and bias [(H + 2 KVH) D] in the order of `qkv_row_order`.
-    q_norm, k_norm: float32 [D], both or none, in the natural order.
+    weight [(H + 2 KVH) D, K] and bias [(H + 2 KVH) D] in the order of `qkv_row_order`. q_norm, k_norm: float32 [D],
+    both or none, in the natural order; eps: theirs.
     """
 
-    norm: torch.Tensor
-    weight: torch.Tensor
+    weight: Matrix
     bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
@@ -66,11 +59,13 @@ def _head_norm(first, second, weight_ptr, other_ptr, use_other, pair, eps, BLOCK
     return first * scale[None, :] * first_weight[:, None], second * scale[None, :] * second_weight[:, None]
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows", "eps", "head_eps"])
 def _norm_qkv_rope(
     x_ptr,
-    norm_ptr,
+    squares_ptr,
     w_ptr,
+    scales_ptr,
+    row_scales_ptr,
     bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -83,6 +78,7 @@ def _norm_qkv_rope(
     v_cache_ptr,
     rows,
     eps,
+    head_eps,
     H: tl.constexpr,
     KVH: tl.constexpr,
     D: tl.constexpr,
@@ -92,16 +88,21 @@ def _norm_qkv_rope(
     BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     HEAD_HALVINGS: tl.constexpr,
-    NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_COLUMNS: tl.constexpr,
+    PART_HALVINGS: tl.constexpr,
+    PART_STRIDE: tl.constexpr,
     K: tl.constexpr,
+    SLICE: tl.constexpr,
+    INT8: tl.constexpr,
+    INT8_ROWS: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
+    STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALVINGS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     OUT: tl.constexpr = (H + 2 * KVH) * D  # noqa: N806
@@ -110,17 +111,17 @@ def _norm_qkv_rope(
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     # A tile has TILE_ROWS rows of the weight; the rest of BLOCK_M repeats others and is not stored.
-    weight_rows = tl.minimum(tile * TILE_ROWS + tl.arange(0, BLOCK_M), OUT - 1)
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + weight_rows).to(tl.float32)[:, None]
-    first, second = begin(w_ptr, tile * TILE_ROWS, weight_rows, OUT, K, BLOCK_M, BLOCK_K, PRELOAD, SEGMENTS, PDL)
+    first_out = tile * TILE_ROWS
+    first, second = begin(w_ptr, first_out, OUT, K, SLICE, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
 
+    source = first_row + tl.arange(0, LOAD_N)
+    if FEW:  # under way beside the product; for many rows it would cost registers
+        parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     n = first_row + tl.arange(0, BLOCK_N)
     position = tl.load(positions_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
     slot = tl.load(slots_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
     place = tl.arange(0, BLOCK_M // 2)
-    pair = tile * (TILE_ROWS // 2) + place
+    pair = first_out // 2 + place
     head = pair // HALF
     pair = pair % HALF
     if QK_NORM:  # the tile is one head, and may be wider than it
@@ -128,30 +129,30 @@ def _norm_qkv_rope(
         pair = place
     rotated = head < H + KVH
     mask = (n < rows)[None, :] & ((place < TILE_ROWS // 2) & (head < H + 2 * KVH))[:, None]
-    EARLY: tl.constexpr = BLOCK_N <= 16  # noqa: N806 - hides the latency where it counts; would cost registers elsewhere
-    if EARLY:
+    if FEW:
         cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
 
-    source = first_row + tl.arange(0, LOAD_N)
-    scale = 0
-    if NORM:
-        scale = row_scales(x_ptr, source * K, source < rows, eps, LOAD_N, K, COLUMNS, HALVINGS)
     acc = accumulate(
-        first, second, w_ptr, weight_rows, x_ptr, source * K, source < rows, scale, norm_ptr,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, LOAD_N, PRELOAD, NORM,
+        first, second, w_ptr, first_out, x_ptr, source * K, source < rows,
+        OUT, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
+    if not FEW:
+        parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
+    out = first_out + tl.arange(0, BLOCK_M)
+    acc = scaled(acc, scales_ptr, row_scales_ptr, out, source, source < rows, OUT, INT8, INT8_ROWS)
+    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)[:, None]
 
     dtype = q_ptr.dtype.element_ty
-    if BIAS:
-        acc += bias
     one, two = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
     if QK_NORM:
         normed_one, normed_two = _head_norm(
-            one, two, q_norm_ptr, k_norm_ptr, tile >= H, pair, eps, BLOCK_M, BLOCK_N, HALF, HEAD_HALVINGS
+            one, two, q_norm_ptr, k_norm_ptr, tile >= H, pair, head_eps, BLOCK_M, BLOCK_N, HALF, HEAD_HALVINGS
         )
         one = tl.where(rotated[:, None], round_to(normed_one, dtype).to(tl.float32), one)
         two = tl.where(rotated[:, None], round_to(normed_two, dtype).to(tl.float32), two)
-    if not EARLY:
+    if not FEW:
         cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
     # Values take no angle: x · 1 - y · 0 would turn an infinite neighbour into NaN.
     turned_one = tl.where(rotated[:, None], one * cos - two * sin, one)
@@ -167,7 +168,7 @@ def _norm_qkv_rope(
 
 
 def norm_qkv_rope(
-    x: torch.Tensor,
+    x: NormedRows,
     weights: QKVWeights,
     rope: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
@@ -175,37 +176,37 @@ def norm_qkv_rope(
     q: torch.Tensor,
     kv: tuple[torch.Tensor, torch.Tensor],
     *,
-    normed: torch.Tensor | None = None,
     configuration: Configuration | None = None,
     pdl: bool = True,
 ) -> None:
     """Fill q and the cache slots of this step.
 
-    x [N, K]; rope: cos and sin, float32 [max_len, D / 2]; positions, slot_mapping int64 [N]; q [N, H, D];
+    x: rows [N, K]; rope: cos and sin, float32 [max_len, D / 2]; positions, slot_mapping int64 [N]; q [N, H, D];
     kv: keys and values [num_blocks, block_size, KVH, D], slots at one stride. A row whose slot lies in block 0 is
     padding and writes there.
-    normed: scratch [N, K] for configurations that do not fuse the norm; made there if None.
     configuration: in place of the table's entry; with q_norm a tile is one head, whatever block_m says.
     pdl: False launches the kernel only when those before it are done.
     """
-    rows, features = x.shape
-    outputs = weights.weight.shape[0]
-    kernel: Kernel = "norm_qkv_rope" if weights.q_norm is None else "norm_qkv_head_norm_rope"
-    configuration = configuration or configuration_for(kernel, rows, outputs, features)
+    rows = x.weighted.shape[0]
+    matrix = weights.weight
+    head_norm = weights.q_norm is not None
+    kernel: Kernel = "norm_qkv_head_norm_rope" if head_norm else "norm_qkv_rope"
+    if configuration is None:
+        configuration = configuration_for(kernel, rows, matrix)
+        if head_norm and isinstance(configuration, FewRows) and weights.head_dim % TILE_ROWS:
+            configuration = configuration_for(kernel, 2 * TILE_ROWS, matrix)  # a head is not a number of packed tiles
+    configuration = fitted(configuration, rows, matrix)
     _check(x, weights, rope, positions, slot_mapping, q, kv)
-    if not configuration.fuse_norm:
-        x = norm_rows(x, weights.norm, weights.eps, normed, pdl=pdl)
-    options = tile_options(configuration, rows, weights.weight, features, pdl)
-    if weights.q_norm is not None:
-        options["BLOCK_M"] = max(16, triton.next_power_of_2(weights.head_dim))
-        options["SEGMENTS"] = min(options["SEGMENTS"], 1)  # they were counted for block_m
-    tile_rows = options["BLOCK_M"] if weights.q_norm is None else weights.head_dim
-    grid = triton.cdiv(outputs, tile_rows) * triton.cdiv(rows, configuration.block_n)
-    absent = weights.norm  # stands for pointers that the kernel does not read
-    _norm_qkv_rope[(grid,)](
-        x,
-        weights.norm,
-        weights.weight,
+    block_m = max(TILE_ROWS, triton.next_power_of_2(weights.head_dim)) if head_norm else None
+    options = product_options(configuration, rows, matrix, pdl, block_m)
+    tile_rows = weights.head_dim if head_norm else options["BLOCK_M"]
+    absent = x.squares  # stands for pointers that the kernel does not read
+    _norm_qkv_rope[(num_programs(configuration, rows, matrix.out_features, tile_rows),)](
+        x.weighted,
+        x.squares,
+        weight_pointer(matrix, configuration),
+        absent if matrix.scales is None else matrix.scales,
+        absent if x.scales is None else x.scales,
         absent if weights.bias is None else weights.bias,
         absent if weights.q_norm is None else weights.q_norm,
         absent if weights.k_norm is None else weights.k_norm,
@@ -215,6 +216,7 @@ def norm_qkv_rope(
         q,
         *kv,
         rows,
+        x.eps,
         weights.eps,
         H=weights.num_heads,
         KVH=weights.num_kv_heads,
@@ -223,16 +225,15 @@ def norm_qkv_rope(
         GROUP=pair_group(weights.head_dim // 2),
         SLOT_STRIDE=kv[0].stride(1),
         BIAS=weights.bias is not None,
-        QK_NORM=weights.q_norm is not None,
+        QK_NORM=head_norm,
         HEAD_HALVINGS=halvings(options["BLOCK_M"] // 2),
-        NORM=configuration.fuse_norm,
-        **norm_options(features),
+        **x.options(),
         **options,
     )
 
 
 def _check(
-    x: torch.Tensor,
+    x: NormedRows,
     weights: QKVWeights,
     rope: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
@@ -241,17 +242,17 @@ def _check(
     kv: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Assert the shapes, dtypes and strides that the kernel takes for granted."""
-    rows, features = x.shape
+    rows, features = x.weighted.shape
     heads, head_dim = weights.num_heads + 2 * weights.num_kv_heads, weights.head_dim
-    assert weights.weight.shape == (heads * head_dim, features)
-    assert weights.norm.shape == (features,)
+    assert weights.weight.rows.shape == (heads * head_dim, features)
     assert weights.bias is None or weights.bias.shape == (heads * head_dim,)
     assert (weights.q_norm is None) == (weights.k_norm is None)
-    for norm in (weights.norm, weights.q_norm, weights.k_norm):
+    for norm in (weights.q_norm, weights.k_norm):
         assert norm is None or (norm.dtype == torch.float32 and norm.is_contiguous())
-    assert x.dtype == weights.weight.dtype == q.dtype == kv[0].dtype == kv[1].dtype
+    assert (torch.int8 if weights.weight.rounds_inputs else q.dtype) == x.weighted.dtype
+    assert q.dtype == kv[0].dtype == kv[1].dtype
     assert q.shape == (rows, weights.num_heads, head_dim)
-    assert all(t.is_contiguous() for t in (x, weights.weight, q, positions, slot_mapping, *rope))
+    assert all(t.is_contiguous() for t in (x.weighted, weights.weight.rows, q, positions, slot_mapping, *rope))
     assert all(t.dtype == torch.float32 and t.shape[1] == head_dim // 2 for t in rope)
     assert positions.dtype == slot_mapping.dtype == torch.int64
     assert positions.shape == slot_mapping.shape == (rows,)

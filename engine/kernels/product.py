@@ -1,11 +1,9 @@
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
-"""What the product kernels share: a tile of weight rows times a tile of activation rows, always in the same order.
+"""What the product kernels share: how they are launched, how they begin, and the product itself, for few rows or many.
 
-"Swap AB": the weight tile is the M operand of the tensor cores and the rows are N, so that one row costs no more
-than a full tile of 16 or 64, and the order of summation of a row is the same for any number of rows. One accumulator
-walks K upwards; nothing is split along K. Statistics of the norms are summed by halving a fixed number of columns,
-additions of two numbers each, so no layout that a compiler chooses can change their bits.
+Each program computes a tile of weight rows times a tile of activation rows. The order of summation of a row is the same
+in both ways and for any number of rows (see `product_few_rows`).
 """
 
 from typing import Any
@@ -14,186 +12,83 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.arithmetic import halvings, multiply, round_to, tree_sum
-from engine.kernels.configurations import Configuration
+from engine.kernels.configurations import Configuration, FewRows
+from engine.kernels.matrix import TILE_ROWS, Matrix, slice_features
 from engine.kernels.pdl import launch_dependents, supports_pdl, wait_for_producers
-
-STATISTIC_STAGES = tl.constexpr(4)  # unrolled instead, many rows spill registers under Triton 3.9
-STATISTIC_COLUMNS = 256  # partial sums of a row's squares; a constant, since the bits of a norm depend on it
-
-
-def statistic_columns(in_features: int) -> int:
-    """Columns over which the squares of a row of `in_features` are summed."""
-    return min(STATISTIC_COLUMNS, triton.next_power_of_2(in_features))
+from engine.kernels.product_few_rows import load_turn, product_few_rows
+from engine.kernels.product_many_rows import product_int8, product_many_rows
 
 
-def tile_options(
-    configuration: Configuration, rows: int, weight: torch.Tensor, in_features: int, pdl: bool
+def weight_pointer(matrix: Matrix, configuration: Configuration) -> torch.Tensor:
+    """The copy of the weight that the configuration reads, int8 values four to an int32."""
+    weight = matrix.packed if isinstance(configuration, FewRows) else matrix.rows
+    assert weight is not None, "a configuration for few rows wants a packed weight"
+    return weight.view(torch.int32) if weight.dtype == torch.int8 and not matrix.rounds_inputs else weight
+
+
+def num_programs(configuration: Configuration, rows: int, outputs: int, tile_rows: int | None = None) -> int:
+    """Programs of a launch; tile_rows: weight rows of a program, where the configuration does not say."""
+    if isinstance(configuration, FewRows):
+        return triton.cdiv(outputs, tile_rows or TILE_ROWS)
+    return triton.cdiv(outputs, tile_rows or configuration.block_m) * triton.cdiv(rows, configuration.block_n)
+
+
+def product_options(
+    configuration: Configuration, rows: int, matrix: Matrix, pdl: bool, block_m: int | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments of a launch that follow from the configuration.
-
-    block_n, preload and one_row are clipped to what the shape allows; none of them changes a bit.
-    """
-    assert not configuration.one_row or rows == 1, "a configuration for one row"
-    use_pdl = pdl and supports_pdl(weight.device)
-    steps = triton.cdiv(in_features, configuration.block_k)
+    """Keyword arguments of a launch that follow from the configuration. block_m: in place of what it says."""
+    use_pdl = pdl and supports_pdl(matrix.rows.device)
     options: dict[str, Any] = {
-        "K": in_features,
-        "BLOCK_M": configuration.block_m,
-        "BLOCK_N": configuration.block_n,
-        "BLOCK_K": configuration.block_k,
-        "LOAD_N": 1 if configuration.one_row else configuration.block_n,
-        "PRELOAD": min(configuration.preload, steps),
-        "SEGMENTS": _prefetch_segments(configuration, in_features * weight.element_size()) if use_pdl else 0,
+        "K": matrix.in_features,
+        "SLICE": slice_features(matrix.in_features),
+        "INT8": matrix.scales is not None,
+        "INT8_ROWS": matrix.rounds_inputs,
         "PDL": use_pdl,
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
         # A fused multiply-add rounds once where the twin rounds twice, and where one is used is up to the compiler.
         "enable_fp_fusion": False,
     }
+    if isinstance(configuration, FewRows):
+        assert rows <= 16, "a configuration for few rows"
+        block_n = 8 if rows <= 8 else 16
+        options |= {"FEW": True, "BLOCK_M": block_m or TILE_ROWS, "BLOCK_N": block_n, "BLOCK_K": 0}
+        options |= {"LOAD_N": 1 if rows == 1 else block_n, "STEPS": configuration.steps}
+        options |= {"PRELOAD": configuration.preload, "num_warps": 4, "num_stages": 1}
+    else:
+        options |= {"FEW": False, "BLOCK_M": block_m or configuration.block_m, "BLOCK_N": configuration.block_n}
+        options |= {"BLOCK_K": configuration.block_k, "LOAD_N": configuration.block_n, "STEPS": 0, "PRELOAD": 0}
+        options |= {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     if use_pdl:
         options["launch_pdl"] = True
     return options
 
 
-def norm_options(in_features: int) -> dict[str, int]:
-    """Keyword arguments of a launch that computes the statistics of rows of `in_features`."""
-    columns = statistic_columns(in_features)
-    return {"COLUMNS": columns, "HALVINGS": halvings(columns)}
-
-
-def _prefetch_segments(configuration: Configuration, row_bytes: int) -> int:
-    """Pieces into which each weight row is cut for the prefetch, one a thread; 0: no prefetch."""
-    if not configuration.prefetch or row_bytes % 16:
-        return 0
-    segments = max(1, 32 * configuration.num_warps // configuration.block_m)
-    return segments if row_bytes % (16 * segments) == 0 else 1
-
-
-@triton.jit
-def load_rows(x_ptr, row_offset, present, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Features start … start + BLOCK_K of the rows at `row_offset`; zero where not `present` and past K."""
-    k = start + tl.arange(0, BLOCK_K)
-    mask = present[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (k < K)[None, :]
-    return tl.load(x_ptr + row_offset[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def row_scales(
-    x_ptr,
-    row_offset,
-    present,
-    eps,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALVINGS: tl.constexpr,
-):
-    """1 / rms of each row, float32 [ROWS]; the order of additions depends on K alone."""
-    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if ROWS == 1:  # few registers a load: all of them at once
-        for start in tl.static_range(0, K, COLUMNS):
-            x = load_rows(x_ptr, row_offset, present, start, K, COLUMNS).to(tl.float32)
-            squares = tl.fma(x, x, squares)
-    else:
-        for start in tl.range(0, K, COLUMNS, num_stages=STATISTIC_STAGES):
-            x = load_rows(x_ptr, row_offset, present, start, K, COLUMNS).to(tl.float32)
-            squares = tl.fma(x, x, squares)
-    return tl.rsqrt(tree_sum(squares, ROWS, COLUMNS, HALVINGS) / K + eps)
-
-
-@triton.jit
-def normalise(x, scale, norm_ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """RMSNorm of a tile of rows, rounded to their dtype as the twin does."""
-    k = start + tl.arange(0, BLOCK_K)
-    norm = tl.load(norm_ptr + k) if K % BLOCK_K == 0 else tl.load(norm_ptr + k, mask=k < K, other=0.0)
-    return round_to(x.to(tl.float32) * scale[:, None] * norm[None, :], x.dtype)
-
-
-@triton.jit
-def load_weight(w_ptr, weight_rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A weight tile [BLOCK_M, BLOCK_K]; zero past K. `weight_rows` all exist."""
-    k = start + tl.arange(0, BLOCK_K)
-    pointers = w_ptr + weight_rows[:, None] * K + k[None, :]
-    if K % BLOCK_K == 0:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(k < K)[None, :], other=0.0)
-
-
-@triton.jit
-def prefetch_weights(
-    w_ptr, first_row, OUT: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr
-):
-    """Ask for whole weight rows in L2, each in SEGMENTS pieces: one instruction a thread, no register held."""
-    piece = tl.arange(0, BLOCK_M * SEGMENTS)
-    row = tl.minimum(first_row + piece // SEGMENTS, OUT - 1)
-    address = (w_ptr + row * K + (piece % SEGMENTS) * (K // SEGMENTS)).to(tl.int64)
-    num_bytes = tl.full(
-        [BLOCK_M * SEGMENTS], K // SEGMENTS * (w_ptr.dtype.element_ty.primitive_bitwidth // 8), tl.int32
-    )
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit
 def begin(
     w_ptr,
-    first_row,
-    weight_rows,
+    first_out,
     OUT: tl.constexpr,
     K: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    FEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Launch the dependents, start reading weights, wait for the kernels ahead; returns the first two weight tiles.
+    """Launch the dependents, ask for the first weights, wait for the kernels ahead; returns what was asked for.
 
-    A tile that PRELOAD does not ask for is returned as 0 and not used.
+    first_out: the program's first weight row, a multiple of 16 if FEW. What is not asked for is 0 and not used.
     """
     launch_dependents(PDL)
     first = 0
     second = 0
-    if PRELOAD > 0:
-        first = load_weight(w_ptr, weight_rows, 0, K, BLOCK_K)
-    if PRELOAD > 1:
-        second = load_weight(w_ptr, weight_rows, BLOCK_K, K, BLOCK_K)
-    if SEGMENTS > 0:
-        prefetch_weights(w_ptr, first_row, OUT, K, BLOCK_M, SEGMENTS)
+    if FEW:
+        last_tile: tl.constexpr = (OUT + 15) // 16 - 1
+        first = load_turn(w_ptr, first_out // 16, last_tile, 0, K, SLICE, STEPS, BLOCK_M // 16)
+        if PRELOAD > 1:
+            second = load_turn(w_ptr, first_out // 16, last_tile, 1, K, SLICE, STEPS, BLOCK_M // 16)
     wait_for_producers(PDL)
     return first, second
-
-
-@triton.jit
-def columns(
-    x_ptr,
-    row_offset,
-    present,
-    scale,
-    norm_ptr,
-    start,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LOAD_N: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """The N operand of one step, [BLOCK_K, BLOCK_N]: rows as columns, normalised if NORM."""
-    x = load_rows(x_ptr, row_offset, present, start, K, BLOCK_K)
-    if NORM:
-        x = normalise(x, scale, norm_ptr, start, K, BLOCK_K)
-    if LOAD_N != BLOCK_N:
-        x = tl.broadcast_to(x, [BLOCK_N, BLOCK_K])
-    return tl.trans(x)
 
 
 @triton.jit
@@ -201,36 +96,49 @@ def accumulate(
     first,
     second,
     w_ptr,
-    weight_rows,
+    first_out,
     x_ptr,
     row_offset,
     present,
-    scale,
-    norm_ptr,
+    OUT: tl.constexpr,
     K: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOAD_N: tl.constexpr,
+    STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
-    NORM: tl.constexpr,
+    FEW: tl.constexpr,
 ):
-    """The product of a weight tile with a tile of rows: float32 [BLOCK_M, BLOCK_N], K in ascending order.
+    """The product of weight rows first_out … with a tile of rows: float32 [BLOCK_M, BLOCK_N].
 
-    row_offset, present: [LOAD_N], where LOAD_N is BLOCK_N, or 1 for one row that all columns repeat.
-    scale: from `row_scales` [LOAD_N], read only if NORM.
+    first, second: from `begin`. row_offset, present: [BLOCK_N], or [1] for one row that all columns repeat.
     """
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if PRELOAD > 0:
-        x = columns(x_ptr, row_offset, present, scale, norm_ptr, 0, K, BLOCK_N, BLOCK_K, LOAD_N, NORM)
-        acc = multiply(first, x, acc)
-    if PRELOAD > 1:
-        x = columns(x_ptr, row_offset, present, scale, norm_ptr, BLOCK_K, K, BLOCK_N, BLOCK_K, LOAD_N, NORM)
-        acc = multiply(second, x, acc)
-    for start in range(PRELOAD * BLOCK_K, K, BLOCK_K):
-        w = load_weight(w_ptr, weight_rows, start, K, BLOCK_K)
-        x = columns(x_ptr, row_offset, present, scale, norm_ptr, start, K, BLOCK_N, BLOCK_K, LOAD_N, NORM)
-        acc = multiply(w, x, acc)
+    if FEW:
+        last_tile: tl.constexpr = (OUT + 15) // 16 - 1
+        acc = product_few_rows(
+            first, second, w_ptr, first_out // 16, last_tile, x_ptr, row_offset, present,
+            K, SLICE, STEPS, PRELOAD, BLOCK_M // 16, BLOCK_N,
+        )  # fmt: skip
+    else:
+        weight_rows = tl.minimum(first_out + tl.arange(0, BLOCK_M), OUT - 1)
+        if x_ptr.dtype.element_ty == tl.int8:
+            acc = product_int8(w_ptr, weight_rows, x_ptr, row_offset, present, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        else:
+            acc = product_many_rows(w_ptr, weight_rows, x_ptr, row_offset, present, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K)
+    return acc
+
+
+@triton.jit
+def scaled(
+    acc, scales_ptr, row_scales_ptr, out, row, present, OUT: tl.constexpr, INT8: tl.constexpr, INT8_ROWS: tl.constexpr
+):
+    """The product in its own unit: int8 values have a scale for each weight row `out`, and if INT8_ROWS for each
+    activation row `row` as well."""
+    if INT8:
+        acc = acc * tl.load(scales_ptr + out, mask=out < OUT, other=0.0)[:, None]
+    if INT8_ROWS:
+        acc = acc * tl.load(row_scales_ptr + row, mask=present, other=0.0, cache_modifier=".cg")[None, :]
     return acc
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.attention_plan import QUERY_TILE, AttentionPlan, SplitWork
+from engine.quantize.int8_weight import Int8Weight, Weight, quantize_rows, round_inputs
+
+KVScales = tuple[torch.Tensor, torch.Tensor]  # of int8 keys and values: float32 [num_blocks, block_size, KVH] each
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,17 +39,37 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
-    """Write k, v [N, KVH, D] into the caches [num_blocks, block_size, KVH, D]; slot = block · block_size + offset."""
+    """Write k, v [N, KVH, D] into the caches [num_blocks, block_size, KVH, D]; slot = block · block_size + offset.
+
+    With `kv_scales` the caches are int8: each head of a token is rounded to 255 steps with a scale of its own.
+    """
+    if kv_scales is not None:
+        k, k_scales = quantize_rows(k)
+        v, v_scales = quantize_rows(v)
+        kv_scales[0].flatten(0, 1).index_copy_(0, slot_mapping, k_scales)
+        kv_scales[1].flatten(0, 1).index_copy_(0, slot_mapping, v_scales)
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Causal attention of q [N, H, D] over the paged cache [num_blocks, block_size, KVH, D]; returns [N, H, D].
+
+    Keys and values in int8 stand for themselves times `kv_scales`, see `store_kv`.
 
     One reduction for decode, chunks and prefill: keys are cut into splits aligned to position 0, an online softmax
     (Milakov & Gimelshein 2018) runs over them in ascending order in float32, and every product has the same shape
@@ -57,6 +80,7 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
+    k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
     out = torch.zeros_like(q)
     for tiles in plan.groups:
         # [T, QUERY_TILE, KVH, group, D] to products of QUERY_TILE * group rows for each key-value head
@@ -64,10 +88,10 @@ def paged_attention(
         queries = rows.reshape(-1, num_kv_heads, QUERY_TILE * group, head_dim).float() * scale
         state: SoftmaxState | None = None
         for split in tiles.splits:
-            scores = _products(queries[split.tiles], _gather(k_cache, split).transpose(2, 3))
+            scores = _products(queries[split.tiles], _gather(k_cache, k_scales, split).transpose(2, 3))
             if split.hidden is not None:
                 scores.masked_fill_(split.hidden, float("-inf"))
-            values = _gather(v_cache, split)
+            values = _gather(v_cache, v_scales, split)
             if state is None:
                 state = SoftmaxState.first(scores, values)
             else:
@@ -123,11 +147,35 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.bmm(a[:, h], b[:, h].expand(count, -1, -1)) for h in range(heads)], dim=1)
 
 
-def _gather(cache: torch.Tensor, split: SplitWork) -> torch.Tensor:
+def _gather(cache: torch.Tensor, scales: torch.Tensor | None, split: SplitWork) -> torch.Tensor:
     """Keys or values of a split as float32 [A or 1, KVH, KV_SPLIT_TOKENS, D]."""
-    rows = cache.flatten(0, 1).index_select(0, split.slots.flatten()).unflatten(0, split.slots.shape)
+    slots = split.slots.flatten()
+    rows = cache.flatten(0, 1).index_select(0, slots).unflatten(0, split.slots.shape)
     shape = (rows.shape[0], rows.shape[2], rows.shape[1], rows.shape[3])
-    return rows.new_empty(shape, dtype=torch.float32).copy_(rows.transpose(1, 2))
+    gathered = rows.new_empty(shape, dtype=torch.float32).copy_(rows.transpose(1, 2))
+    if scales is not None:
+        by_token = scales.flatten(0, 1).index_select(0, slots).unflatten(0, split.slots.shape)
+        gathered *= by_token.transpose(1, 2)[..., None]
+    return gathered
+
+
+def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, K] times a matrix [M, K], plus bias [M]; returns [N, M].
+
+    An int8 matrix is multiplied as it is stored: float32 sums of products that are exact, or integer sums where x is
+    rounded too (w8a8), are scaled (by channel, then by row) and rounded once, to x's dtype.
+    """
+    if not isinstance(weight, Int8Weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    if weight.rounds_inputs:
+        values, row_scales = round_inputs(x)
+        sums = (values.double() @ weight.values.double().T).float()  # float64 holds every such integer
+        wide = sums * weight.scales * row_scales[:, None]
+    else:
+        wide = torch.nn.functional.linear(x.float(), weight.values.float()) * weight.scales
+    if bias is not None:
+        wide = wide + bias.float()
+    return wide.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -135,7 +183,7 @@ class QKVProjection:
     """Weights of an attention's entry in their natural order: q, k, v stacked, [(H + 2 KVH) D, K]; norms float32."""
 
     norm: torch.Tensor
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
@@ -152,28 +200,29 @@ def norm_qkv_rope(
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     kv: tuple[torch.Tensor, torch.Tensor],
+    kv_scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Queries [N, H, D] of x [N, K]; keys and values go to the cache. rope: cos and sin, float32 [max_len, D / 2]."""
     heads, kv_heads = weights.num_heads, weights.num_kv_heads
-    projected = torch.nn.functional.linear(rms_norm(x, weights.norm, weights.eps), weights.weight, weights.bias)
+    projected = product(rms_norm(x, weights.norm, weights.eps), weights.weight, weights.bias)
     q, k, v = projected.view(x.shape[0], -1, weights.head_dim).split((heads, kv_heads, kv_heads), dim=1)
     if weights.q_norm is not None and weights.k_norm is not None:
         q, k = rms_norm(q, weights.q_norm, weights.eps), rms_norm(k, weights.k_norm, weights.eps)
     cos, sin = (table[positions][:, None] for table in rope)
-    store_kv(apply_rope(k, cos, sin), v, *kv, slot_mapping)
+    store_kv(apply_rope(k, cos, sin), v, *kv, slot_mapping, kv_scales)
     return apply_rope(q, cos, sin)
 
 
-def product_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def product_residual(x: torch.Tensor, weight: Weight, residual: torch.Tensor) -> torch.Tensor:
     """residual + x Wᵀ: x [N, K], weight [M, K], residual [N, M]; the product is rounded before it is added."""
-    return residual + torch.nn.functional.linear(x, weight)
+    return residual + product(x, weight)
 
 
-def norm_gate_up_silu(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+def norm_gate_up_silu(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: Weight) -> torch.Tensor:
     """SwiGLU of the normalised rows x [N, K]: weight [2F, K] holds gate, then up; returns [N, F]."""
-    return silu_mul(torch.nn.functional.linear(rms_norm(x, norm, eps), weight))
+    return silu_mul(product(rms_norm(x, norm, eps), weight))
 
 
-def norm_logits(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
-    """Logits of x [N, K], float32 [N, V], rounded through the weights' dtype."""
-    return torch.nn.functional.linear(rms_norm(x, norm, eps), weight).float()
+def norm_logits(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: Weight) -> torch.Tensor:
+    """Logits of x [N, K], float32 [N, V], rounded through x's dtype."""
+    return product(rms_norm(x, norm, eps), weight).float()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig, Quantization, RopeConfig
 from engine.loader.architectures import Architecture, SlidingWindowRule, find_architecture
 from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.json_fields import JsonFields, read_json_object
@@ -19,6 +19,7 @@ from engine.loader.messages import shown
 
 _NO_SCALING = ("default", "none")
 _KNOWN_SCALINGS = (*_NO_SCALING, "linear", "llama3")
+QUANT_METHOD = "slipstream"  # in quantization_config: written by engine.loader.converted_directory
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -52,6 +53,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         qk_norm=architecture.qk_norm,
         sliding_window=_sliding_window(fields, architecture, num_layers),
         eos_token_ids=_eos_token_ids(directory, fields, vocab_size),
+        stored_quantization=_stored_quantization(fields),
     )
 
 
@@ -94,10 +96,20 @@ def _refuse_unsupported(fields: JsonFields) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if fields.boolean(name, default=False):
             raise fields.fail(name, "true is not supported")
+
+
+def _stored_quantization(fields: JsonFields) -> Quantization:
     quantization = fields.optional_object("quantization_config")
-    if quantization is not None:
-        method = quantization.optional_string("quant_method") or "unnamed"
+    if quantization is None:
+        return Quantization.NONE
+    method = quantization.optional_string("quant_method") or "unnamed"
+    if method != QUANT_METHOD:
         raise fields.fail("quantization_config", f"weights quantised with {shown(method)} are not supported")
+    stored = quantization.optional_string("format")
+    known = [str(each) for each in Quantization if each is not Quantization.NONE]
+    if stored not in known:
+        raise quantization.fail("format", f"{shown(stored)} is not known; known are {', '.join(known)}")
+    return Quantization(stored)
 
 
 def _heads(fields: JsonFields, architecture: Architecture, hidden_size: int) -> tuple[int, int, int]:

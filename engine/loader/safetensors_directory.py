@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.config import Quantization
 from engine.errors import ModelError
 from engine.loader.hf_config import read_generation_defaults, read_model_config
 from engine.loader.json_fields import read_json_object
@@ -32,7 +33,7 @@ class SafetensorsDirectory:
         self.path = path
         self.config = read_model_config(path)
         self.generation = read_generation_defaults(path)
-        self._headers, self.tensors = _collect_tensors(path)
+        self._headers, self.tensors = _collect_tensors(path, self.config.stored_quantization is not Quantization.NONE)
         self._handles: dict[Path, Any] = {}
 
     def load(self, name: str) -> torch.Tensor:
@@ -65,13 +66,13 @@ class SafetensorsDirectory:
         return digest.hexdigest()
 
 
-def _collect_tensors(directory: Path) -> tuple[list[SafetensorsHeader], dict[str, StoredTensor]]:
+def _collect_tensors(directory: Path, int8_weights: bool) -> tuple[list[SafetensorsHeader], dict[str, StoredTensor]]:
     """Headers of every file in use, and the tensors in the order of file and offset."""
     index = directory / INDEX_NAME
     if index.exists():
-        return _from_index(directory, index)
+        return _from_index(directory, index, int8_weights)
     files = [directory / SINGLE_NAME] if (directory / SINGLE_NAME).exists() else _loose_files(directory)
-    headers = [read_safetensors_header(file) for file in files]
+    headers = [read_safetensors_header(file, int8_weights) for file in files]
     tensors: dict[str, StoredTensor] = {}
     for header in headers:
         for name, info in header.tensors.items():
@@ -91,7 +92,9 @@ def _loose_files(directory: Path) -> list[Path]:
     return files
 
 
-def _from_index(directory: Path, index: Path) -> tuple[list[SafetensorsHeader], dict[str, StoredTensor]]:
+def _from_index(
+    directory: Path, index: Path, int8_weights: bool
+) -> tuple[list[SafetensorsHeader], dict[str, StoredTensor]]:
     weight_map = read_json_object(index).optional_object("weight_map")
     if weight_map is None:
         raise ModelError(f"{index}: weight_map: is missing")
@@ -104,7 +107,7 @@ def _from_index(directory: Path, index: Path) -> tuple[list[SafetensorsHeader], 
         file = directory / file_name
         if not file.exists():
             raise ModelError(f"{index}: weight_map: {shown(file_name)} does not exist")
-        header = read_safetensors_header(file)
+        header = read_safetensors_header(file, int8_weights)
         headers.append(header)
         tensors.update({name: info for name, info in header.tensors.items() if name in names_by_file[file_name]})
         absent = names_by_file[file_name].difference(header.all_names)

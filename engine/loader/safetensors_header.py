@@ -39,6 +39,7 @@ _ITEM_BYTES = {
     "BOOL": 1,
 }
 _WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TENSOR_DTYPES = {**_WEIGHT_DTYPES, "I8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class SafetensorsHeader:
     digest: bytes
 
 
-def read_safetensors_header(file: Path) -> SafetensorsHeader:
+def read_safetensors_header(file: Path, int8_weights: bool = False) -> SafetensorsHeader:
     """Read and check the header; the tensors' data are not touched.
 
-    A buffer in another format than F32, F16 and BF16 (an attention mask, say) is left out; a weight or bias is refused.
+    A buffer in another format than F32, F16 and BF16 (an attention mask, say) is left out; a weight or bias is refused,
+    but for weights in I8 where `int8_weights` says that they are meant.
 
     Raises:
         ModelError: the file cannot be read, is cut short, or its header is malformed; names file and tensor.
@@ -72,7 +74,7 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
     stored = {name: _read_entry(file, name, entry, data_start, file_bytes) for name, entry in entries.items()}
     ordered = sorted(stored.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes))
     _check_contiguous(file, ordered, data_start, file_bytes)
-    usable = {name: info for name, info in ordered if _is_usable(name, info)}
+    usable = {name: info for name, info in ordered if _is_usable(name, info, int8_weights)}
     return SafetensorsHeader(file, usable, frozenset(stored), sha256(raw).digest())
 
 
@@ -113,7 +115,7 @@ def _read_entry(file: Path, name: str, entry: Any, data_start: int, file_bytes: 
     wanted_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != wanted_bytes:
         raise fail("data_offsets", f"span {end - begin} bytes; shape {shown(shape)} of {dtype} takes {wanted_bytes}")
-    return StoredTensor(tuple(shape), _WEIGHT_DTYPES.get(dtype, dtype), file, data_start + begin, wanted_bytes)
+    return StoredTensor(tuple(shape), _TENSOR_DTYPES.get(dtype, dtype), file, data_start + begin, wanted_bytes)
 
 
 def _is_integers(value: Any, limit: int) -> TypeGuard[list[int]]:
@@ -134,10 +136,13 @@ def _check_contiguous(file: Path, ordered: list[tuple[str, StoredTensor]], data_
         raise ModelError(f"{file}: header: {file_bytes - position} bytes at the end of the file belong to no tensor")
 
 
-def _is_usable(name: str, info: StoredTensor) -> bool:
+def _is_usable(name: str, info: StoredTensor, int8_weights: bool) -> bool:
     if info.dtype in _WEIGHT_DTYPES.values():
+        return True
+    if int8_weights and info.dtype == "int8" and name.endswith(".weight"):
         return True
     if name.endswith((".weight", ".bias")):
         accepted = ", ".join(_WEIGHT_DTYPES)
-        raise ModelError(f"{info.file}: tensor {shown(name)}: dtype: {info.dtype} is not supported; use {accepted}")
+        stored = next((raw for raw, dtype in _TENSOR_DTYPES.items() if dtype == info.dtype), info.dtype)
+        raise ModelError(f"{info.file}: tensor {shown(name)}: dtype: {stored} is not supported; use {accepted}")
     return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # Formats that a tensor is mapped in as it lies in the file, by the name used in `TensorInfo.dtype`.
-PLAIN_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PLAIN_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 _SAMPLE_BYTES = 64
 
@@ -17,7 +17,7 @@ _SAMPLE_BYTES = 64
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor: its shape (as in Hugging Face checkpoints, outermost dimension first), the format it is stored in
-    ("float32", "float16", "bfloat16", or GGML's name of a quantised type such as "Q4_1") and the file it is in."""
+    (one of PLAIN_DTYPES, or GGML's name of a quantised type such as "Q4_1") and the file it is in."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -7,6 +7,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.model.layer_weights import LayerWeights
+from engine.quantize.int8_weight import Weight
 
 
 class Decoder(Protocol):
@@ -22,7 +23,7 @@ class Decoder(Protocol):
         embedding: torch.Tensor,
         layers: Sequence[Any],
         norm: torch.Tensor,
-        lm_head: torch.Tensor,
+        lm_head: Weight,
         max_model_len: int,
     ) -> None: ...
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from engine.model.int8_linear import Int8Linear
+from engine.quantize.int8_weight import Int8Weight, Weight
+
 # oneDNN's blocked weights: measured on 2 cores (AVX-512 BF16), SmolLM2-135M at 8 rows: 13 ms a pass against 25 ms
 # with plain row-major weights; at 16 rows 18 ms. One row costs as much as eight: the pass is bound by memory.
 CPU_ROW_TILE = 8
@@ -20,28 +23,37 @@ def row_tile(device: torch.device) -> int:
     return CUDA_ROW_TILE if device.type == "cuda" else CPU_ROW_TILE
 
 
-def padded_rows(num_rows: int, device: torch.device) -> int:
-    """`num_rows` rounded up to whole tiles."""
-    tile = row_tile(device)
+def padded_rows(num_rows: int, tile: int) -> int:
+    """`num_rows` rounded up to whole tiles. Where any number will do (tile 1), few different ones are used: the library
+    makes a kernel for each."""
+    if tile == 1:
+        if num_rows <= CPU_ROW_TILE:
+            return 1 << (num_rows - 1).bit_length() if num_rows else 0
+        tile = CPU_ROW_TILE
     return -(-num_rows // tile) * tile
 
 
 class Linear:
-    """y = x Wᵀ + b for x [N, in_features], N a multiple of the device's row tile; returns [N, out_features]."""
+    """y = x Wᵀ + b for x [N, in_features], N a multiple of `row_tile`; returns [N, out_features]."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        self._tile = row_tile(weight.device)
+        self.row_tile = row_tile(weight.device)
         self._product = _packed_product(weight, bias) or _plain_product(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        assert x.shape[0] % self._tile == 0, "rows are padded to whole tiles"
-        if x.shape[0] == self._tile:
+        assert x.shape[0] % self.row_tile == 0, "rows are padded to whole tiles"
+        if x.shape[0] == self.row_tile:
             return self._product(x)
         out = x.new_empty((x.shape[0], self.out_features))
-        for start in range(0, x.shape[0], self._tile):
-            out[start : start + self._tile] = self._product(x[start : start + self._tile])
+        for start in range(0, x.shape[0], self.row_tile):
+            out[start : start + self.row_tile] = self._product(x[start : start + self.row_tile])
         return out
+
+
+def make_linear(weight: Weight, bias: torch.Tensor | None = None) -> "Linear | Int8Linear":
+    """The product with a matrix in the format that it is in."""
+    return Int8Linear(weight, bias) if isinstance(weight, Int8Weight) else Linear(weight, bias)
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -8,16 +8,18 @@ import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
 from engine.kernels.attention_plan import AttentionPlan, ChunkRows, plan_attention
-from engine.kernels.reference import apply_rope, paged_attention, rms_norm, silu_mul, store_kv
+from engine.kernels.reference import KVScales, apply_rope, paged_attention, rms_norm, silu_mul, store_kv
+from engine.model.int8_linear import Int8Linear
 from engine.model.kv_cache import KVCache
 from engine.model.layer_weights import LayerWeights
-from engine.model.linear import Linear, padded_rows
+from engine.model.linear import Linear, make_linear, padded_rows
 from engine.model.rope import rope_table
+from engine.quantize.int8_weight import Weight
 
 
 @dataclass(frozen=True)
 class ReferenceInput:
-    """Rows of one step, padded to whole row tiles: N = padded_rows(number of tokens).
+    """Rows of one step, padded: N = decoder.padded_rows(number of tokens).
 
     token_ids, positions, slot_mapping: int64 [N]; a padding row has token 0, position 0 and a slot of the null block.
     logit_rows: int64 [S], the rows whose logits are wanted.
@@ -30,18 +32,21 @@ class ReferenceInput:
     logit_rows: torch.Tensor
 
 
+_Matrix = Linear | Int8Linear
+
+
 @dataclass(frozen=True)
 class _Layer:
     """Weights of one layer, packed for the matrix library."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: _Matrix
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Linear
+    o: _Matrix
     post_attention_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: _Matrix
+    down: _Matrix
 
 
 class ReferenceDecoder:
@@ -53,7 +58,7 @@ class ReferenceDecoder:
         embedding: torch.Tensor,
         layers: Sequence[_Layer],
         norm: torch.Tensor,
-        lm_head: torch.Tensor,
+        lm_head: Weight,
         max_model_len: int,
     ) -> None:
         self.config = config
@@ -62,9 +67,13 @@ class ReferenceDecoder:
         self._embedding = embedding
         self._layers = layers
         self._norm = norm
-        self._lm_head = Linear(lm_head)
+        self._lm_head = make_linear(lm_head)
         cos, sin = rope_table(config.rope, config.head_dim, max_model_len)
         self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+
+    def padded_rows(self, num_rows: int) -> int:
+        """How many rows a step of `num_rows` is padded to: what the products want, which are all of one kind."""
+        return padded_rows(num_rows, self._lm_head.row_tile)
 
     @staticmethod
     def pack(config: ModelConfig, weights: LayerWeights) -> _Layer:
@@ -72,13 +81,13 @@ class ReferenceDecoder:
         del config  # the weights say it all
         return _Layer(
             input_norm=weights.input_norm,
-            qkv=Linear(weights.qkv, weights.qkv_bias),
+            qkv=make_linear(weights.qkv, weights.qkv_bias),
             q_norm=weights.q_norm,
             k_norm=weights.k_norm,
-            o=Linear(weights.o),
+            o=make_linear(weights.o),
             post_attention_norm=weights.post_attention_norm,
-            gate_up=Linear(weights.gate_up),
-            down=Linear(weights.down),
+            gate_up=make_linear(weights.gate_up),
+            down=make_linear(weights.down),
         )
 
     @torch.inference_mode()
@@ -89,7 +98,8 @@ class ReferenceDecoder:
         group = self.config.num_heads // self.config.num_kv_heads
         plan = plan_attention(batch.chunks, kv_cache.block_size, group, self.config.sliding_window, self.device)
         for index, layer in enumerate(self._layers):
-            attended = self._attention(layer, hidden, (cos, sin), batch.slot_mapping, plan, kv_cache.layer(index))
+            kv, kv_scales = kv_cache.layer(index), kv_cache.scales(index)
+            attended = self._attention(layer, hidden, (cos, sin), batch.slot_mapping, plan, kv, kv_scales)
             hidden = hidden + layer.o(attended)
             normed = rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
             hidden = hidden + layer.down(silu_mul(layer.gate_up(normed)))
@@ -103,6 +113,7 @@ class ReferenceDecoder:
         slot_mapping: torch.Tensor,
         plan: AttentionPlan,
         kv: tuple[torch.Tensor, torch.Tensor],
+        kv_scales: KVScales | None,
     ) -> torch.Tensor:
         config = self.config
         rows = hidden.shape[0]
@@ -115,12 +126,12 @@ class ReferenceDecoder:
             k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
             qk = torch.cat((q, k), dim=1)
         q, k = apply_rope(qk, *rope).split((config.num_heads, config.num_kv_heads), dim=1)
-        store_kv(k, v, *kv, slot_mapping)
+        store_kv(k, v, *kv, slot_mapping, kv_scales)
         scale = config.head_dim**-0.5
-        return paged_attention(q, *kv, plan, scale).view(rows, -1)
+        return paged_attention(q, *kv, plan, scale, kv_scales).view(rows, -1)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         count = hidden.shape[0]
-        rows = hidden.new_zeros((padded_rows(count, self.device), hidden.shape[1]))
+        rows = hidden.new_zeros((self.padded_rows(count), hidden.shape[1]))
         rows[:count] = rms_norm(hidden, self._norm, self.config.rms_norm_eps)
         return self._lm_head(rows)[:count].float()

@@ -1,15 +1,17 @@
 """Calls the reference decoder step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.batch import ScheduledChunk
+from engine.batch import SampledToken, ScheduledChunk
 from engine.kernels.attention_plan import ChunkRows
 from engine.model.kv_cache import KVCache
-from engine.model.linear import padded_rows
 from engine.model.reference_decoder import ReferenceDecoder, ReferenceInput
+from engine.request import Request
 from engine.runner.step_rows import StepRows
 from engine.sampling.greedy import greedy_choices
 
@@ -20,8 +22,11 @@ class _Computed:
 
     logits: torch.Tensor
 
-    def choices(self) -> torch.Tensor:
-        return greedy_choices(self.logits)
+    def choices(self) -> npt.NDArray[np.int64]:
+        return greedy_choices(self.logits).numpy()
+
+    def details(self, requests: Sequence[Request]) -> Mapping[int, SampledToken]:  # noqa: ARG002
+        return {}  # the host chooses every token
 
 
 class EagerForward:
@@ -41,10 +46,25 @@ class EagerForward:
         rows = StepRows.of(chunks, self.kv_cache.block_size)
         return _Computed(self.decoder.forward(self.make_input(chunks, rows), self.kv_cache))
 
+    def score(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """Compute one chunk's KV. Returns the logits of all its rows: float32 [num_scheduled_tokens, vocab_size]."""
+        rows = StepRows.of([chunk], self.kv_cache.block_size)
+        rows.logit_rows[:] = range(chunk.num_scheduled_tokens)
+        return self.decoder.forward(self.make_input([chunk], rows), self.kv_cache)
+
+    def chooses(self, request: Request) -> bool:  # noqa: ARG002
+        return False
+
+    def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
+        """Nothing here is compiled."""
+
+    def prepare_next(self) -> bool:
+        return False
+
     def make_input(self, chunks: Sequence[ScheduledChunk], rows: StepRows) -> ReferenceInput:
-        """The step's tensors, padded to whole row tiles."""
+        """The step's tensors, padded as the decoder wants them."""
         device = self.decoder.device
-        rows.pad(padded_rows(len(rows.token_ids), device))
+        rows.pad(self.decoder.padded_rows(len(rows.token_ids)))
         columns = torch.tensor([rows.token_ids, rows.positions, rows.slots], device=device)
         spans: list[ChunkRows] = []
         start = 0

@@ -1,66 +1,57 @@
-"""Calls the Triton decoder through CUDA graphs, one for each row bucket."""
+"""Calls the Triton decoder through CUDA graphs, one for each shape that steps are padded to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from operator import attrgetter
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.batch import ScheduledChunk
+from engine.batch import SampledToken, ScheduledChunk
 from engine.config import SchedulerConfig
+from engine.kernels.step_inputs import step_inputs
 from engine.model.kv_cache import KVCache
 from engine.model.triton_decoder import TritonDecoder, TritonInput
 from engine.request import Request
 from engine.runner.block_tables import BlockTables
-from engine.runner.step_rows import StepRows
-from engine.sampling.greedy import greedy_choices
+from engine.runner.staged_step import ChunkLists
+from engine.runner.step_buckets import Bucket, StepBuckets
+from engine.sampling.device_sampler import DeviceSampler, RowLogprobs
 
-FIRST_BUCKETS = (1, 16)  # then powers of two; up to 16 rows the kernels' tiles are the same, but for a single row
-
-
-def row_buckets(token_budget: int) -> tuple[int, ...]:
-    """Row counts that steps are padded to, up to the first that holds `token_budget` rows."""
-    buckets = list(FIRST_BUCKETS)
-    while buckets[-1] < token_budget:
-        buckets.append(2 * buckets[-1])
-    return tuple(buckets)
-
-
-@dataclass
-class _Bucket:
-    """Where the inputs of a step of `num_rows` rows lie, and the graph that reads them there.
-
-    staging: on the host, twice, since the device may still be reading the last step's: token ids, sources, positions,
-    slots, rows of the block tables, logit rows. inputs: the same on the device, once.
-    """
-
-    num_rows: int
-    num_logit_rows: int
-    staging: tuple[torch.Tensor, torch.Tensor]
-    inputs: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None = None
-    has_run: bool = False
+_is_pending = attrgetter("num_pending_tokens")
 
 
 @dataclass(frozen=True)
 class _Launched:
     """A forward.StepLogits under way: `arrived` is recorded behind the copy of its choices to the host."""
 
-    logits: torch.Tensor
-    host_choices: torch.Tensor
+    decoder: TritonDecoder
+    sampler: DeviceSampler
+    num_choices: int
+    host_choices: npt.NDArray[np.int64]
+    logprobs: RowLogprobs | None
     arrived: torch.cuda.Event | None
 
-    def choices(self) -> torch.Tensor:
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.decoder.logits(self.num_choices)
+
+    def choices(self) -> npt.NDArray[np.int64]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.host_choices
+        return self.host_choices[: self.num_choices]
+
+    def details(self, requests: Sequence[Request]) -> Mapping[int, SampledToken]:
+        return self.sampler.details(requests, self.choices(), self.logprobs)
 
 
 class GraphForward:
-    """A forward.Forward. A bucket's graph is captured at its second step; the first compiles its kernels.
+    """A forward.Forward.
 
     One step may be launched while the one before it runs: its pending tokens come from that one's choices, which stay
-    on the device. Under Triton's interpreter (device cpu) the same calls run without graphs.
+    on the device. A bucket that is used before `warm_up` or `prepare_next` got to it compiles its kernels at its first
+    step, and is captured at the second. Under Triton's interpreter (device cpu) the same calls run without graphs.
     """
 
     feeds_back = True
@@ -68,16 +59,19 @@ class GraphForward:
     def __init__(self, decoder: TritonDecoder, make_kv_cache: Callable[[], KVCache], limits: SchedulerConfig) -> None:
         self.decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
-        self._max_logit_rows = min(limits.max_num_seqs, limits.token_budget)
-        self._bucket_sizes = row_buckets(limits.token_budget)
-        self._buckets: dict[int, _Bucket] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        decoder.reserve(self._bucket_sizes[-1], self._max_logit_rows)
-        shape = (self._max_logit_rows, 2)
-        self._choices = torch.zeros(shape, dtype=torch.int64, device=decoder.device)  # of the last step
-        self._host_choices = [torch.zeros(shape, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
-        self._choice_of: dict[Request, int] = {}
+        max_logit_rows = min(limits.max_num_seqs, limits.token_budget)
+        self._buckets = StepBuckets(limits.token_budget, max_logit_rows, decoder.device)
+        decoder.reserve(self._buckets.sizes[-1], max_logit_rows)
+        self._sampler = DeviceSampler(decoder.config.vocab_size, limits.max_num_seqs, max_logit_rows, decoder.device)
+        self._graph_memory = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._arrived = [torch.cuda.Event() if self._on_gpu else None for _ in range(2)]
         self._num_steps = 0
+        # Of the last step: its bucket; the requests that sampled, with their places among its choices; whether one of
+        # them asks for log-probabilities; and all its requests in order, if each of its rows sampled.
+        self._last: Bucket | None = None
+        self._choice_of: dict[Request, int] = {}
+        self._wants_logprobs = False
+        self._decoding: list[Request] = []
         self.kv_cache = make_kv_cache()  # takes what memory is left
         blocks = -(-limits.max_model_len // self.kv_cache.block_size)
         self._block_tables = BlockTables(limits.max_num_seqs, blocks, decoder.device)
@@ -86,78 +80,108 @@ class GraphForward:
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
 
-    @torch.inference_mode()
     def launch(self, chunks: Sequence[ScheduledChunk]) -> _Launched:
-        rows = StepRows.of(chunks, self.kv_cache.block_size, self._choice_of)
-        num_wanted = len(rows.logit_rows)
-        bucket = self._bucket(len(rows.token_ids))
-        self._send(bucket, rows, chunks)
+        parity = self._num_steps % 2
+        try:
+            bucket, num_choices = self._stage(chunks, parity)
+            self._start(bucket, parity)
+        except BaseException:
+            # What has reached the device of this step is not known.
+            self._block_tables.forget()
+            self._sampler.forget()
+            self._decoding = []
+            raise
+        self._num_steps += 1
+        bucket.host_choices[parity].copy_(bucket.choices, non_blocking=True)  # contiguous, or torch would wait
+        logprobs = self._sampler.fetch_logprobs(num_choices, parity) if self._wants_logprobs else None
+        arrived = self._arrived[parity]
+        if arrived is not None:
+            arrived.record()
+        return _Launched(self.decoder, self._sampler, num_choices, bucket.host_arrays[parity], logprobs, arrived)
+
+    def chooses(self, request: Request) -> bool:
+        return self._sampler.supports(request)
+
+    def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
+        wanted = self._buckets.most_wanted() if self._on_gpu else []
+        for done, bucket in enumerate(wanted, start=1):
+            self._prepare(bucket)
+            on_progress(done, len(wanted))
+
+    def prepare_next(self) -> bool:
+        if not self._on_gpu:
+            return False
+        unprepared = [bucket for bucket in self._buckets.all() if bucket.graph is None]
+        if unprepared:
+            self._prepare(unprepared[0])
+        return len(unprepared) > 1
+
+    def _stage(self, chunks: Sequence[ScheduledChunk], parity: int) -> tuple[Bucket, int]:
+        """Write the step down on the host. Returns the bucket, and how many of its choices are wanted.
+
+        Where the requests of the last step decode once more, and only they do, next to nothing is written anew.
+        """
+        tables, block_size = self._block_tables, self.kv_cache.block_size
+        requests = [chunk.request for chunk in chunks]
+        # A request with a pending token has lost neither blocks nor seat since the step that is choosing that token.
+        if self._last is not None and requests == self._decoding and all(map(_is_pending, requests)):
+            bucket, num_choices = self._last, len(requests)
+            staging = bucket.staging[parity]
+            staging.follow(bucket.staging[1 - parity], num_choices)
+            seats, num_needed = staging.seats[:num_choices], staging.positions[:num_choices] // block_size + 1
+        else:
+            lists = ChunkLists.of(chunks, self._choice_of)
+            num_choices = len(lists.sampling)
+            bucket = self._last = self._buckets.holding(len(lists.token_ids), num_choices)
+            staging = bucket.staging[parity]
+            taken = tables.seats(chunks)
+            for seat, request in zip(taken, requests, strict=True):
+                self._sampler.assign(seat, request)
+            seats = np.array(taken, np.int32)
+            staging.write(lists, seats)
+            num_needed = -(-np.array(lists.stops, np.int32) // block_size)
+            self._choice_of = {request: place for place, request in enumerate(lists.sampling)}
+            self._wants_logprobs = any(request.sampling.logprobs is not None for request in lists.sampling)
+            self._decoding = requests if len(lists.token_ids) == num_choices else []
+        tables.write_updates(chunks, seats, num_needed, staging.updates, parity)
+        return bucket, num_choices
+
+    def _start(self, bucket: Bucket, parity: int) -> None:
+        """Send what is staged, behind whatever runs on the device, and start the step there."""
+        bucket.staged.copy_(bucket.staging[parity].tensor, non_blocking=True)
+        if bucket.graph is None and bucket.has_run and self._on_gpu:
+            bucket.graph = self._capture(bucket)
         if bucket.graph is not None:
             bucket.graph.replay()
-        elif bucket.has_run and self._on_gpu:
-            self._capture(bucket)
         else:
             self._run(bucket)
             bucket.has_run = True
-        self._choice_of = {chunk.request: place for place, chunk in enumerate(c for c in chunks if c.samples)}
-        return self._fetch_choices(num_wanted)
 
-    def _fetch_choices(self, num_wanted: int) -> _Launched:
-        """Start copying the step's choices to the host, to the place that the step before the last one used."""
-        host = self._host_choices[self._num_steps % 2][:num_wanted]
-        self._num_steps += 1
-        host.copy_(self._choices[:num_wanted], non_blocking=True)  # contiguous, or torch would wait
-        arrived = None
-        if self._on_gpu:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return _Launched(self.decoder.logits(num_wanted), host, arrived)
-
-    def _bucket(self, num_rows: int) -> _Bucket:
-        size = next(size for size in self._bucket_sizes if size >= num_rows)
-        bucket = self._buckets.get(size)
-        if bucket is None:
-            wanted = min(size, self._max_logit_rows)
-            first, second = (
-                torch.zeros(5 * size + wanted, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)
-            )
-            inputs = torch.zeros_like(first, device=self.decoder.device)
-            bucket = self._buckets[size] = _Bucket(size, wanted, (first, second), inputs)
-        return bucket
-
-    def _send(self, bucket: _Bucket, rows: StepRows, chunks: Sequence[ScheduledChunk]) -> None:
-        """Write the step's inputs to the device, behind whatever runs there."""
-        num_rows, num_wanted = len(rows.token_ids), len(rows.logit_rows)
-        table_rows = self._block_tables.update(chunks)
-        requests = chain.from_iterable(
-            repeat(row, chunk.num_scheduled_tokens) for row, chunk in zip(table_rows, chunks, strict=True)
+    @torch.inference_mode()
+    def _run(self, bucket: Bucket) -> None:
+        """The whole step on the device, from what is staged there to its choices."""
+        inputs, tables = bucket.inputs, self._block_tables.device_tables
+        last_choices = self._buckets.last_choices
+        step_inputs(bucket.staged, bucket.layout, last_choices, tables, self.kv_cache.block_size, inputs)
+        step = TritonInput(
+            inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.seats, tables, inputs.logit_rows
         )
-        rows.pad(bucket.num_rows)
-        values = [*rows.token_ids, *rows.sources, *rows.positions, *rows.slots, *requests]
-        values += [-1] * (bucket.num_rows - num_rows)
-        values += rows.logit_rows
-        values += [0] * (bucket.num_logit_rows - num_wanted)
-        staging = bucket.staging[self._num_steps % 2]
-        staging.copy_(torch.tensor(values))
-        bucket.inputs.copy_(staging, non_blocking=True)
-
-    def _run(self, bucket: _Bucket) -> None:
-        """The whole step on the device, from its inputs to its choices."""
-        size = bucket.num_rows
-        sizes = [size] * 5 + [bucket.num_logit_rows]
-        token_ids, sources, positions, slots, requests, logit_rows = bucket.inputs.split(sizes)
-        fed_back = self._choices[:, 1].index_select(0, sources.clamp(min=0))
-        token_ids = torch.where(sources < 0, token_ids, fed_back)
-        tables = self._block_tables.device_tables
-        step = TritonInput(token_ids, positions, slots, requests.int(), tables, logit_rows)
         logits = self.decoder.forward(step, self.kv_cache)
-        self._choices[: bucket.num_logit_rows].copy_(greedy_choices(logits))
+        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices)
 
-    def _capture(self, bucket: _Bucket) -> None:
-        """Record the step and run it. Its inputs are in place: recording itself computes nothing."""
+    def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
+        """Record the step, which computes nothing. Its kernels are compiled."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._graph_memory):
             self._run(bucket)
-        bucket.graph = graph
-        graph.replay()
+        return graph
+
+    def _prepare(self, bucket: Bucket) -> None:
+        """Compile and capture a bucket with steps of nobody. The last step's choices are lost: none may be pending."""
+        parity = self._num_steps % 2
+        torch.cuda.synchronize()
+        bucket.staging[parity].write_nobody()
+        while bucket.graph is None:
+            self._start(bucket, parity)
+        torch.cuda.synchronize()

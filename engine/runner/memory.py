@@ -20,7 +20,7 @@ def plan_num_blocks(
     Raises:
         ConfigError: not even one request of the longest length would fit; says which settings to change.
     """
-    per_block = kv_bytes_per_block(model, cache.block_size, dtype)
+    per_block = kv_bytes_per_block(model, cache.block_size, dtype, cache.dtype)
     needed = -(-scheduler.max_model_len // cache.block_size) + 1
     if cache.num_blocks is not None:
         num_blocks = cache.num_blocks

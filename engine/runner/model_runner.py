@@ -1,14 +1,16 @@
 """Runs a scheduled step on the device: the decoder forward, then sampling."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
-from engine.batch import SampledToken, ScheduledStep
+from engine.batch import SampledToken, ScheduledStep, StepTokens
 from engine.request import Request
 from engine.runner.forward import Forward, StepLogits
-from engine.sampling.greedy import is_plain_greedy
 from engine.sampling.sampler import Sampler
+
+_is_chosen_by_device = attrgetter("is_chosen_by_device")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class LaunchedStep:
     step: ScheduledStep
     sampling: list[Request]  # whose next tokens it computes, in order
     outcome: StepLogits
+    is_chosen_by_device: bool  # all of those tokens
+    has_details: bool  # somebody asks for log-probabilities
 
 
 class ModelRunner:
@@ -37,16 +41,43 @@ class ModelRunner:
         Raises:
             torch.OutOfMemoryError, RuntimeError: the device could not do it; no request's earlier KV is touched.
         """
-        sampling = [chunk.request for chunk in step.chunks if chunk.samples]
-        return LaunchedStep(step, sampling, self.forward.launch(step.chunks))
+        sampling = [  # those whose chunk `samples`, less two calls for each
+            chunk.request
+            for chunk in step.chunks
+            if chunk.start + chunk.num_scheduled_tokens == chunk.request.num_tokens
+        ]
+        is_chosen = all(map(_is_chosen_by_device, sampling))
+        has_details = any(request.sampling.logprobs is not None for request in sampling)
+        return LaunchedStep(step, sampling, self.forward.launch(step.chunks), is_chosen, has_details)
 
-    def read(self, launched: LaunchedStep) -> list[SampledToken]:
-        """The tokens of `launched.sampling`, in order; waits for them. Raises as `launch` does."""
-        return self._sampler.sample(launched.outcome.logits, launched.sampling, launched.outcome.choices())
+    def read(self, launched: LaunchedStep) -> StepTokens:
+        """The tokens of `launched.sampling`, in order; waits for them. Raises as `launch` does.
+
+        Each request's tokens are always chosen in the same place, whoever shares its steps.
+        """
+        sampling, outcome = launched.sampling, launched.outcome
+        choices = outcome.choices()
+        token_ids = choices[:, 1].tolist()
+        details: dict[int, SampledToken] = {}
+        if launched.has_details or not choices[:, 0].all():
+            details.update(outcome.details(sampling))
+        if not launched.is_chosen_by_device:
+            places = [place for place, request in enumerate(sampling) if not request.is_chosen_by_device]
+            requests = [sampling[place] for place in places]
+            chosen = self._sampler.sample(outcome.logits[places], requests, torch.from_numpy(choices[places]))
+            for place, token in zip(places, chosen, strict=True):
+                token_ids[place] = token.token_id
+                if token.logprobs is not None or token.error is not None:
+                    details[place] = token
+        return StepTokens(token_ids, details)
 
     def can_run_ahead(self, launched: LaunchedStep) -> bool:
         """Whether the next step may be launched before this one is read: the device has chosen all of its tokens."""
-        return self.forward.feeds_back and all(map(is_plain_greedy, launched.sampling))
+        return self.forward.feeds_back and launched.is_chosen_by_device
+
+    def chooses_on_device(self, request: Request) -> bool:
+        """Whether all of this request's tokens are chosen without the host."""
+        return self.forward.chooses(request)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

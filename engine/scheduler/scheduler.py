@@ -112,15 +112,14 @@ class Scheduler:
         the next `schedule`. Requests that finished since they were scheduled are passed over: nothing of theirs is
         cached.
         """
-        block_size = self._cache.block_size
+        block_size, running = self._cache.block_size, RequestStatus.RUNNING
         for chunk in step.chunks:
-            request = chunk.request
-            if request.status is not RequestStatus.RUNNING:
+            request, start = chunk.request, chunk.start
+            if request.status is not running:
                 continue
-            stop = chunk.start + chunk.num_scheduled_tokens
-            assert request.num_computed_tokens == chunk.start, f"request {request.request_id} is committed out of turn"
-            request.num_computed_tokens = stop
-            if stop // block_size != chunk.start // block_size:
+            assert request.num_computed_tokens == start, f"request {request.request_id} is committed out of turn"
+            stop = request.num_computed_tokens = start + chunk.num_scheduled_tokens
+            if stop // block_size != start // block_size:
                 self._cache.commit(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -177,21 +176,19 @@ class Scheduler:
 
     def _schedule_decodes(self, step: ScheduledStep) -> list[Request]:
         """Give each running request with one token to go a row and a slot; returns the others, which prefill."""
-        running, block_size = self._running, self._cache.block_size
+        block_size, running, chunks = self._cache.block_size, RequestStatus.RUNNING, step.chunks
         prefills = []
-        index = 0
-        while index < len(running):
-            request = running[index].request
+        for entry in tuple(self._running):  # those further back may leave it meanwhile, as victims
+            request = entry.request
+            if request.status is not running:
+                continue
             num_tokens = request.num_tokens
             pending = num_tokens - request.num_computed_tokens
             if pending != 1:
                 assert pending > 1, f"request {request.request_id} is scheduled before its next token is known"
                 prefills.append(request)
-            elif num_tokens > len(request.block_table) * block_size and not self._make_room(step, running[index]):
-                continue  # it has left `running`, so the next one stands at this index
-            else:
-                step.chunks.append(ScheduledChunk(request, num_tokens - 1, 1))
-            index += 1
+            elif num_tokens <= len(request.block_table) * block_size or self._make_room(step, entry):
+                chunks.append(ScheduledChunk(request, num_tokens - 1, 1))
         return prefills
 
     def _make_room(self, step: ScheduledStep, entry: Ranked) -> bool:

@@ -3,32 +3,85 @@
 import pytest
 import torch
 
-from engine.kernels.configurations import BUCKETS, KERNELS, Kernel, configuration_for, row_bucket
+from engine.kernels import configurations
+from engine.kernels.configurations import (
+    BUCKETS,
+    KERNELS,
+    MAX_FEW_ROWS,
+    FewRows,
+    Kernel,
+    ManyRows,
+    configuration_for,
+    fitted,
+    row_bucket,
+)
+from engine.kernels.matrix import Matrix, slice_features
 from engine.kernels.norm_gate_up_silu import gate_up_row_order
 from engine.kernels.norm_qkv_rope import qkv_row_order
 from engine.kernels.pair_order import pair_group
 
 SHARED_MEMORY_BYTES = 227 * 1024  # of one CTA on an H100
+IN_FEATURES = [48, 96, 320, 576, 960, 1024, 1536, 2048, 4096, 5632, 14336]
+
+
+def matrix(in_features: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = True) -> Matrix:
+    rows = torch.empty(16, in_features, dtype=dtype, device="meta")
+    return Matrix(rows, rows.flatten() if packed else None)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("in_features", [576, 960, 1024, 1536, 2048, 4096, 5632, 14336])
-def test_every_entry_fits(kernel: Kernel, in_features: int) -> None:
-    for rows in (1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 2048):
-        entry = configuration_for(kernel, rows, 2048, in_features)
-        assert entry.block_m in (16, 32, 64, 128)
-        assert entry.block_n in (16, 32, 64, 128)
-        assert rows <= entry.block_n or rows > BUCKETS[-2]
-        assert entry.num_warps in (1, 2, 4, 8)
-        assert entry.preload in (0, 1, 2)
-        assert not entry.one_row or rows == 1
-        assert in_features % entry.block_k == 0
-        # bfloat16 tiles of both operands in every stage
-        assert (entry.block_m + entry.block_n) * entry.block_k * 2 * entry.num_stages <= SHARED_MEMORY_BYTES
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_entry_fits(kernel: Kernel, in_features: int, packed: bool) -> None:
+    weight, width = matrix(in_features, packed=packed), slice_features(in_features)
+    for rows in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 2048):
+        entry = configuration_for(kernel, rows, weight)
+        assert fitted(entry, rows, weight) == entry
+        if isinstance(entry, FewRows):
+            assert packed
+            assert rows <= MAX_FEW_ROWS
+            assert entry.steps in (4, 8, 16)
+            assert width % (16 * entry.steps) == 0
+            assert entry.preload in (1, 2)
+            assert entry.preload * 16 * entry.steps <= width
+        else:
+            assert entry.block_m in (16, 32, 64, 128)
+            assert entry.block_n in (16, 32, 64, 128)
+            assert rows <= entry.block_n or rows > BUCKETS[-2] or not packed
+            assert entry.num_warps in (4, 8)
+            assert width % entry.block_k == 0
+            # bfloat16 tiles of both operands in every stage
+            assert (entry.block_m + entry.block_n) * entry.block_k * 2 * entry.num_stages <= SHARED_MEMORY_BYTES
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("in_features", [576, 2048, 5632])
+def test_every_entry_fits_with_float32(kernel: Kernel, in_features: int) -> None:
+    for rows in (1, 8, 16, 17, 33, 65, 129):
+        entry = configuration_for(kernel, rows, matrix(in_features, torch.float32, packed=False))
+        assert isinstance(entry, ManyRows)
+        assert (entry.block_m + entry.block_n) * entry.block_k * 4 * entry.num_stages <= SHARED_MEMORY_BYTES
+
+
+def test_fitted_goes_no_further_than_it_must() -> None:
+    assert fitted(FewRows(16, 2), 1, matrix(2048)) == FewRows(16, 2)
+    assert fitted(FewRows(16, 2), 1, matrix(5632)) == FewRows(8, 2)  # a slice is 88 steps
+    assert fitted(FewRows(16, 2), 1, matrix(96)) == FewRows(4, 1)
+    assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(2048)) == ManyRows(64, 64, 256, 4, 3)
+    assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(576)) == ManyRows(64, 64, 64, 4, 8)
+    assert fitted(ManyRows(64, 64, 64, 4, 3), 16, matrix(2048)) == ManyRows(64, 16, 64, 4, 3)
+
+
+def test_a_shape_of_its_own_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configurations._BY_SHAPE, ("norm_logits", 8, 16, 2048), FewRows(16, 1))
+    assert configuration_for("norm_logits", 5, matrix(2048)) == FewRows(16, 1)
+    assert configuration_for("norm_logits", 5, matrix(4096)) != FewRows(16, 1)
+    assert configuration_for("norm_logits", 9, matrix(2048)) == configurations._TABLE["norm_logits", 16]
 
 
 def test_buckets() -> None:
-    assert [row_bucket(rows) for rows in (1, 2, 16, 17, 64, 65, 128, 5000)] == [1, 16, 16, 32, 64, 128, 128, 128]
+    expected = {1: 1, 2: 8, 8: 8, 9: 16, 17: 32, 64: 64, 65: 128, 5000: 128}
+    assert {rows: row_bucket(rows) for rows in expected} == expected
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 64), (2, 2, 80), (1, 1, 20), (1, 1, 6)])

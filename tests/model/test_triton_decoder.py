@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.batch import ScheduledChunk
-from engine.config import SchedulerConfig
+from engine.config import KVCacheDType, Quantization, SchedulerConfig
 from engine.loader.checkpoint import open_checkpoint
 from engine.model.kv_cache import KVCache
 from engine.model.reference_decoder import ReferenceDecoder
@@ -29,17 +29,28 @@ LIMITS = SchedulerConfig(max_num_seqs=4, token_budget=40, max_model_len=128)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def forwards(path: Path, device: str, dtype: torch.dtype) -> tuple[EagerForward, GraphForward]:
+def forwards(
+    path: Path,
+    device: str,
+    dtype: torch.dtype,
+    quantization: Quantization = Quantization.NONE,
+    cache_dtype: KVCacheDType = KVCacheDType.AUTO,
+) -> tuple[EagerForward, GraphForward]:
     checkpoint = open_checkpoint(path)
     where = torch.device(device)
 
     def kv_cache() -> KVCache:
-        cache = KVCache(checkpoint.config, 30, 16, dtype, where)
-        cache._data[:, :, 1:].fill_(float("nan"))
+        cache = KVCache(checkpoint.config, 30, 16, dtype, where, cache_dtype)
+        if cache._scales is not None:
+            cache._scales[:, :, 1:].fill_(float("nan"))
+        else:
+            cache._data[:, :, 1:].fill_(float("nan"))
         return cache
 
-    reference = load_decoder(ReferenceDecoder, checkpoint, where, dtype, LIMITS.max_model_len)
-    decoder = load_decoder(TritonDecoder, checkpoint, where, dtype, LIMITS.max_model_len)
+    def ignore(_done: int, _total: int) -> None: ...
+
+    reference = load_decoder(ReferenceDecoder, checkpoint, where, dtype, LIMITS.max_model_len, ignore, quantization)
+    decoder = load_decoder(TritonDecoder, checkpoint, where, dtype, LIMITS.max_model_len, ignore, quantization)
     return EagerForward(reference, kv_cache()), GraphForward(decoder, kv_cache, LIMITS)
 
 
@@ -87,6 +98,38 @@ def test_logits_equal_the_reference(name: str, dtype: torch.dtype, device: str, 
                 if device == "cuda":  # the interpreter's products are numpy's, whose order depends on the shape
                     assert torch.equal(before, row), "prefilled, decoded and replayed: the same bits"
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "quantization", "cache_dtype"),
+    [
+        ("llama", Quantization.INT8, KVCacheDType.AUTO),
+        ("llama", Quantization.W8A8, KVCacheDType.AUTO),
+        ("llama", Quantization.NONE, KVCacheDType.INT8),
+        ("tied", Quantization.INT8, KVCacheDType.INT8),
+        ("qwen3", Quantization.W8A8, KVCacheDType.INT8),
+    ],
+)
+def test_formats_equal_the_reference(
+    name: str,
+    quantization: Quantization,
+    cache_dtype: KVCacheDType,
+    dtype: torch.dtype,
+    device: str,
+    tmp_path: Path,
+) -> None:
+    """int8 weights, int8 rows, an int8 cache. Rounding to int8 turns an ulp of difference into a step of it."""
+    if dtype is torch.float32 and cache_dtype is KVCacheDType.INT8:
+        pytest.skip("an int8 cache is for models of 16 bits")
+    reference, kernels = forwards(write_tiny_model(tmp_path, **MODELS[name]), device, dtype, quantization, cache_dtype)
+    rounds = quantization is Quantization.W8A8 or cache_dtype is KVCacheDType.INT8
+    tolerance = 3e-2 if rounds or dtype is torch.bfloat16 else 1e-5
+    for _ in range(1 if device == "cpu" else 3):
+        for chunks in steps(requests()):
+            expected, actual = reference.launch(chunks).logits, kernels.launch(chunks).logits.clone()
+            assert (actual - expected).norm() / expected.norm() < tolerance
 
 
 def test_block_tables_follow_their_requests(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a number format costs in quality, measured through the same decoder, cache and chunks that serve."""
