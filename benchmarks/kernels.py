@@ -246,7 +246,8 @@ def main(
     sweeper = Sweep(workers, rehearse) if sweep else None
     results: list[dict[str, Any]] = []
     for name, count in product(chosen, map(int, rows.split(","))):
-        results.append(_run(console, Case(name, SHAPES[shape], count, device, int8=int8), sweeper))
+        case = Case(name, SHAPES[shape], count, device, int8=int8, copies=2 if rehearse else None)
+        results.append(_run(console, case, sweeper))
         if out is not None:  # after every case: a run that is cut off keeps what it has
             _save(out, shape, device, results)
     if sweeper:

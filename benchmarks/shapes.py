@@ -38,14 +38,6 @@ SHAPES = {
 }
 
 
-def weight_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
-    """Bytes of weights that one decoding step reads: all but the embedding, of which it reads a row."""
-    tensors = expected_tensors(config)
-    if not config.tie_word_embeddings:
-        tensors.pop("model.embed_tokens.weight")
-    return sum(torch.Size(shape).numel() for shape in tensors.values()) * bytes_per_weight
-
-
 @dataclass(frozen=True)
 class RandomCheckpoint:
     """A Checkpoint whose tensors are drawn when they are loaded, on the device that will hold them."""

@@ -1,6 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -9,26 +9,21 @@ from engine.batch import SampledToken
 from engine.cache.block_manager import BlockManager
 from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.fingerprint import fingerprint
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.quantize.formats import resolve_quantization
 from engine.request import FinishReason, Request, RequestOutput, RequestStatus, TokenLogprobs
 from engine.runner.device import prepare_device
-from engine.runner.forward import Forward, load_forward
-from engine.runner.model_runner import LaunchedStep, ModelRunner, is_out_of_memory
+from engine.runner.model_runner import LaunchedStep, ModelRunner
+from engine.runner.out_of_memory import is_out_of_memory, step_ran_out
+from engine.runner.start_forward import start_forward
+from engine.runner.start_up import Phase, StartUp
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
 from engine.stats import EngineStats
 
 STEP_TIME_SMOOTHING = 0.1  # weight of the newest step in the moving average
-NEED_LESS = "lower max_num_seqs or token_budget, or give the KV cache less"  # what to do when memory runs out
-
-OnProgress = Callable[[int, int], None]
-
-
-def _ignore(_done: int, _total: int) -> None:
-    pass
 
 
 class LLMEngine:
@@ -59,26 +54,21 @@ class LLMEngine:
         self._num_output_tokens = 0
 
     @classmethod
-    def from_path(
-        cls, path: Path, config: EngineConfig, on_progress: OnProgress = _ignore, on_warm_up: OnProgress = _ignore
-    ) -> "LLMEngine":
-        """Load a model from a directory or a GGUF file. `on_progress(tensors loaded, tensors in all)`.
-
-        `on_warm_up(kinds of steps ready, in all)`: afterwards, where the device has something to compile.
+    def from_path(cls, path: Path, config: EngineConfig, start_up: StartUp | None = None) -> "LLMEngine":
+        """Load a model from a directory or a GGUF file. `start_up` shows how far that is, and keeps the memory plan.
 
         Raises:
             ModelError: the model cannot be loaded.
             ConfigError: the configuration does not fit the model or the device.
         """
-        return cls.from_checkpoint(open_checkpoint(path), config, on_progress, on_warm_up)
+        start_up = start_up or StartUp()
+        with start_up.phase(Phase.HEADERS):
+            checkpoint = open_checkpoint(path)
+        return cls.from_checkpoint(checkpoint, config, start_up)
 
     @classmethod
     def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        on_progress: OnProgress = _ignore,
-        on_warm_up: OnProgress = _ignore,
+        cls, checkpoint: Checkpoint, config: EngineConfig, start_up: StartUp | None = None
     ) -> "LLMEngine":
         """The same from a checkpoint that is open already."""
         model = checkpoint.config
@@ -86,9 +76,16 @@ class LLMEngine:
         max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
         scheduling = replace(config.scheduler, max_model_len=max_model_len)
         quantization = resolve_quantization(model, config.quantization)
-        forward = load_forward(checkpoint, device, dtype, config.cache, scheduling, on_progress, quantization)
-        if config.warm_up:
-            _warm_up(forward, on_warm_up)
+        forward = start_forward(
+            checkpoint,
+            device,
+            dtype,
+            quantization,
+            config.cache,
+            scheduling,
+            warm_up=config.warm_up,
+            start_up=start_up or StartUp(),
+        )
         sampler = Sampler(model.eos_token_ids)
         pool = BlockPool(forward.kv_cache.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
         blocks = BlockManager(pool)
@@ -214,7 +211,7 @@ class LLMEngine:
         """End these requests, if that is what the error is."""
         if not is_out_of_memory(error):
             raise error
-        message = f"out of memory in this step: {NEED_LESS}"
+        message = step_ran_out(error)
         alive = [request for request in requests if request.finish_reason is None]
         return [self._end(request, FinishReason.ERROR, message) for request in alive]
 
@@ -281,12 +278,3 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Assert that every block is accounted for; cheap enough to run whenever the engine is idle."""
         self._scheduler.check_integrity()
-
-
-def _warm_up(forward: Forward, on_warm_up: OnProgress) -> None:
-    try:
-        forward.warm_up(on_warm_up)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ConfigError(f"out of memory before the first step: {NEED_LESS}") from error

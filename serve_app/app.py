@@ -93,15 +93,19 @@ def check_model(config: AppConfig) -> None:
 
 
 def load_engine(config: AppConfig) -> "LLMEngine":
-    """Runs in an engine replica."""
+    """Runs in an engine replica, whose log says how far it is and where the memory goes."""
     from engine.llm_engine import LLMEngine
     from engine.loader.checkpoint import open_checkpoint
+    from engine.runner.start_up import LoggedStartUp, Phase
 
     if config.device == "cpu" and config.num_threads is None:
         # A core for HTTP: on two cores, two threads that wait for each other gave 15 tokens/s through HTTP, one 23.
         config = config.model_copy(update={"num_threads": max(1, len(os.sched_getaffinity(0)) - 1)})
     path = _model_on_this_node(config)
-    return LLMEngine.from_path(path, config.engine_config(open_checkpoint(path).config))
+    start_up = LoggedStartUp(logger.info)
+    with start_up.phase(Phase.HEADERS):
+        checkpoint = open_checkpoint(path)
+    return LLMEngine.from_checkpoint(checkpoint, config.engine_config(checkpoint.config), start_up)
 
 
 def load_served_model(config: AppConfig) -> "ServedModel":

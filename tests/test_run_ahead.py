@@ -16,7 +16,7 @@ from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.eager_forward import EagerForward
 from engine.runner.step_rows import StepRows
-from engine.sampling.greedy import greedy_choices
+from engine.sampling.greedy import greedy_choices, is_plain_greedy
 from tests.tiny_models import write_tiny_model
 
 
@@ -40,6 +40,9 @@ class LateForward(EagerForward):
     last: Late | None = None
     choice_of: dict[Request, int] = {}  # noqa: RUF012 - replaced, never changed
     num_ahead = 0
+
+    def chooses(self, request: Request) -> bool:
+        return is_plain_greedy(request)
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> Late:  # type: ignore[override]
         pending = [chunk.request for chunk in chunks if chunk.request.num_pending_tokens]

@@ -10,7 +10,6 @@ import torch
 from engine.batch import ScheduledChunk
 from engine.config import CacheConfig, Device, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, ModelError
-from engine.evaluate.scoring import score
 from engine.loader.checkpoint import Checkpoint
 from engine.quantize.formats import resolve_quantization
 from engine.request import Request, SamplingParams
@@ -118,7 +117,7 @@ def _window_nll(
     total = 0.0
     for start in range(first_row, num_rows, chunk_rows):
         chunk = ScheduledChunk(request, start, min(chunk_rows, num_rows - start))
-        logits = score(forward, chunk)
+        logits = forward.score(chunk)
         targets = torch.tensor(tokens[start + 1 : chunk.stop + 1], device=logits.device)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         total += float(losses.double().sum())

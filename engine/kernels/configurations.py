@@ -7,7 +7,9 @@ only after `benchmarks.kernels` found its bits equal to the reference configurat
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from engine.kernels.matrix import Matrix, slice_features
+import torch
+
+from engine.kernels.matrix import Matrix, num_slices, slice_features
 
 # norm_qkv_head_norm_rope: norm_qkv_rope of a model with norms of its own for queries and keys; a tile is a head there.
 Kernel = Literal[
@@ -20,7 +22,7 @@ MAX_FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class FewRows:
-    """How `product_few_rows` is cut. The rows are one tile.
+    """How `product_few_rows` is cut. Rows are tiles of 8, or of 16 if there are more than 8.
 
     steps: tensor-core steps (of 16 features of each slice) that a program has in registers for one turn: 4, 8 or 16.
     preload: turns whose weights are asked for before the wait for the kernel ahead, 1 or 2.
@@ -72,7 +74,7 @@ _TABLE: dict[tuple[Kernel, int], Configuration] = {
     ("product_residual", 1): FewRows(8, 2),
     ("product_residual", 8): FewRows(8, 2),
     ("product_residual", 16): FewRows(16, 1),
-    ("product_residual", 32): ManyRows(64, 16, 256, 4, 4),
+    ("product_residual", 32): FewRows(8, 1),
     ("product_residual", 64): ManyRows(64, 16, 128, 4, 6),
     ("product_residual", 128): ManyRows(64, 32, 128, 4, 6),
     ("product_residual", 256): ManyRows(64, 64, 128, 4, 4),
@@ -95,8 +97,48 @@ _TABLE: dict[tuple[Kernel, int], Configuration] = {
     ("norm_logits", 512): ManyRows(128, 128, 64, 8, 4),
 }
 
+# Twice the bytes, and no tensor cores: for comparisons, not for speed.
+_FLOAT32 = ManyRows(32, 32, 64, 4, 3)
+
+# int8 weights that meet rows of 16 bits, in place of the entries above. Up to 64 rows several tiles of few rows beat a
+# product that has to convert its weights for every tile of many.
+_INT8: dict[tuple[Kernel, int], Configuration] = {
+    ("norm_qkv_rope", 1): FewRows(16, 2),
+    ("norm_qkv_rope", 8): FewRows(16, 2),
+    ("norm_qkv_rope", 16): FewRows(8, 2),
+    ("norm_qkv_rope", 32): FewRows(8, 1),
+    ("norm_qkv_rope", 64): FewRows(4, 1),
+    ("product_residual", 1): FewRows(16, 2),
+    ("product_residual", 8): FewRows(16, 2),
+    ("product_residual", 16): FewRows(16, 2),
+    ("product_residual", 32): FewRows(8, 2),
+    ("product_residual", 64): FewRows(4, 1),
+    ("norm_gate_up_silu", 1): FewRows(16, 1),
+    ("norm_gate_up_silu", 8): FewRows(16, 1),
+    ("norm_gate_up_silu", 16): FewRows(8, 1),
+    ("norm_gate_up_silu", 32): FewRows(4, 1),
+    ("norm_gate_up_silu", 64): FewRows(4, 1),
+    ("norm_logits", 1): FewRows(16, 1),
+    ("norm_logits", 8): FewRows(16, 1),
+    ("norm_logits", 16): FewRows(8, 1),
+    ("norm_logits", 32): FewRows(4, 1),
+    ("norm_logits", 64): FewRows(4, 1),
+}
+
 # (kernel, bucket, out_features, in_features): shapes that were tuned on their own go before the bucket's entry.
-_BY_SHAPE: dict[tuple[Kernel, int, int, int], Configuration] = {}
+_BY_SHAPE: dict[tuple[Kernel, int, int, int], Configuration] = {
+    # SmolLM2-135M
+    ("norm_qkv_rope", 32, 960, 576): ManyRows(32, 16, 64, 4, 8),
+    ("norm_qkv_rope", 256, 960, 576): ManyRows(64, 64, 64, 4, 8),
+    ("product_residual", 32, 576, 576): ManyRows(64, 16, 64, 4, 6),
+    ("product_residual", 256, 576, 576): ManyRows(64, 64, 64, 4, 4),
+    ("norm_gate_up_silu", 32, 3072, 576): ManyRows(64, 32, 64, 4, 4),
+    ("norm_gate_up_silu", 256, 3072, 576): ManyRows(128, 64, 64, 8, 6),
+    ("product_residual", 32, 576, 1536): ManyRows(64, 16, 128, 4, 6),
+    ("product_residual", 256, 576, 1536): ManyRows(64, 64, 128, 4, 4),
+    ("norm_logits", 32, 49152, 576): ManyRows(64, 32, 64, 4, 4),
+    ("norm_logits", 256, 49152, 576): ManyRows(128, 64, 64, 4, 3),
+}
 
 
 def row_bucket(rows: int) -> int:
@@ -106,21 +148,30 @@ def row_bucket(rows: int) -> int:
 
 def configuration_for(kernel: Kernel, rows: int, matrix: Matrix) -> Configuration:
     """The table's entry for a product of `rows` rows with a weight."""
+    if matrix.rows.dtype == torch.float32:
+        return fitted(_FLOAT32, rows, matrix)
     bucket = row_bucket(rows)
-    if matrix.packed is None and bucket <= MAX_FEW_ROWS:
-        bucket = 32
-    tuned = _BY_SHAPE.get((kernel, bucket, matrix.out_features, matrix.in_features))
-    return fitted(tuned or _TABLE[kernel, bucket], rows, matrix)
+    is_int8 = matrix.scales is not None and not matrix.rounds_inputs
+    if is_int8 and matrix.packed is not None and (kernel, bucket) in _INT8:
+        return fitted(_INT8[kernel, bucket], rows, matrix)
+    shape = (matrix.out_features, matrix.in_features)
+    configuration = _BY_SHAPE.get((kernel, bucket, *shape)) or _TABLE[kernel, bucket]
+    while matrix.packed is None and isinstance(configuration, FewRows):
+        bucket = BUCKETS[BUCKETS.index(bucket) + 1]
+        configuration = _TABLE[kernel, bucket]
+    return fitted(configuration, rows, matrix)
 
 
 def fitted(configuration: Configuration, rows: int, matrix: Matrix) -> Configuration:
-    """Steps along K that divide a slice; a tile of 16 rows where no more are there."""
+    """The same with steps along K that suit the slices, and a tile of 16 rows where no more are there."""
     width = slice_features(matrix.in_features)
     if isinstance(configuration, FewRows):
-        steps = configuration.steps
-        while width % (16 * steps):
+        steps, preload = configuration.steps, configuration.preload
+        while 16 * steps > width:
             steps //= 2
-        return replace(configuration, steps=steps, preload=min(configuration.preload, width // (16 * steps)))
+        if rows > 8 and num_slices(matrix.in_features) > 4:  # twice the warps leave half the registers
+            steps, preload = min(steps, 8), 1
+        return FewRows(steps, min(preload, -(-width // (16 * steps))))
     while width % configuration.block_k:
         stages = min(8, 2 * configuration.num_stages)
         configuration = replace(configuration, block_k=configuration.block_k // 2, num_stages=stages)

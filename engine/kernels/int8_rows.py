@@ -2,8 +2,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rows rounded to int8 with a scale each: the activations of w8a8, and what an int8 KV cache stores.
 
-The arithmetic is `engine.quantize.int8_weight.quantize_rows`: scale = max|x| / 127, 1 for (nearly) zero rows, and half
-to even. A row depends on nothing but itself.
+scale = max|x| / 127, 1 for (nearly) zero rows, and half to even. Activations are first rotated (QuaRot, Ashkboos et al.
+2024): a Hadamard transform of each block of channels, which the weights have gone through as well, spreads outliers
+that one scale could not serve. A row depends on nothing but itself.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.arithmetic import halvings
 from engine.kernels.pdl import launch_dependents, supports_pdl, wait_for_producers
 from engine.kernels.row_norm import NormedRows
 
@@ -37,25 +39,49 @@ def _rounded(x, axis: tl.constexpr):
     """int8 values of x along `axis`, and their scales with that axis kept."""
     scale = tl.div_rn(tl.max(tl.abs(x), axis=axis, keep_dims=True), LIMIT)
     scale = tl.where(scale < SMALLEST_SCALE, 1.0, scale)
+    is_poisoned = tl.max((x != x).to(tl.int32), axis=axis, keep_dims=True) != 0  # which a maximum may pass over
+    scale = tl.where(is_poisoned, float("nan"), scale)
     return ((tl.div_rn(x, scale) + ROUNDER) - ROUNDER).to(tl.int8), scale
 
 
 @triton.jit
-def _round_rows(x_ptr, values_ptr, scales_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+def _rotated(x, COLUMNS: tl.constexpr, ROTATIONS: tl.constexpr):
+    """Walsh-Hadamard transform, without its factor, of each block of 2^ROTATIONS: sums and differences of two."""
+    for step in tl.static_range(ROTATIONS):
+        halves = tl.reshape(x, [COLUMNS >> (step + 1), 2, 1 << step])
+        first, second = tl.split(tl.permute(halves, [0, 2, 1]))
+        x = tl.reshape(tl.permute(tl.join(first + second, first - second), [0, 2, 1]), [COLUMNS])
+    return x
+
+
+@triton.jit
+def _round_rows(
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROTATIONS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_dependents(PDL)
     wait_for_producers(PDL)
     row = tl.program_id(0)
     k = tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0, cache_modifier=".cg").to(tl.float32)
-    values, scale = _rounded(tl.reshape(x, [1, COLUMNS]), 1)
+    values, scale = _rounded(tl.reshape(_rotated(x, COLUMNS, ROTATIONS), [1, COLUMNS]), 1)
     tl.store(values_ptr + row * K + k, tl.reshape(values, [COLUMNS]), mask=k < K)
     tl.store(scales_ptr + row + tl.arange(0, 1), tl.reshape(scale, [1]))
 
 
-def round_rows(x: torch.Tensor, out: Int8Rows, *, pdl: bool = True) -> Int8Rows:
-    """Round x [N, K]; returns `out`, whose values have that shape. pdl: False waits for the kernels ahead to end."""
+def round_rows(x: torch.Tensor, block: int, out: Int8Rows, *, pdl: bool = True) -> Int8Rows:
+    """Rotate x [N, K] in blocks of `block` channels and round it; returns `out`, whose values have that shape.
+
+    block: a power of two that divides K. pdl: False starts it only when the kernels before it are done.
+    """
     rows, features = x.shape
     assert x.is_contiguous()
+    assert features % block == 0
     assert out.values.shape == x.shape
     assert out.scales.shape == (rows,)
     use_pdl = pdl and supports_pdl(x.device)
@@ -65,6 +91,7 @@ def round_rows(x: torch.Tensor, out: Int8Rows, *, pdl: bool = True) -> Int8Rows:
         out.scales,
         K=features,
         COLUMNS=triton.next_power_of_2(features),
+        ROTATIONS=halvings(block),
         PDL=use_pdl,
         num_warps=8,
         enable_fp_fusion=False,
@@ -73,9 +100,9 @@ def round_rows(x: torch.Tensor, out: Int8Rows, *, pdl: bool = True) -> Int8Rows:
     return out
 
 
-def round_normed(x: NormedRows, out: Int8Rows) -> NormedRows:
+def round_normed(x: NormedRows, block: int, out: Int8Rows) -> NormedRows:
     """The same for rows on their way into a norm: what they are still to be multiplied with is kept beside them."""
-    rounded = round_rows(x.weighted, out)
+    rounded = round_rows(x.weighted, block, out)
     return replace(x, weighted=rounded.values, scales=rounded.scales)
 
 

@@ -3,7 +3,7 @@
 """Int8 values in registers to the dtype of the activations, exactly.
 
 Four int8 travel in one int32. Triton's own conversion takes four instructions a value; the tricks here two: the bits of
-a value become the low bits of the mantissa of a constant, which is then subtracted.
+a value become the low bits of the mantissa of a constant, which is then taken off again.
 """
 
 import triton
@@ -14,18 +14,19 @@ from engine.kernels.pdl import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # bfloat16 has room for 7 bits: 0x4300 is 128, so 0x4300 | (q & 127) is 128 + (q mod 128); the sign bit falls on the
-# lowest bit of the exponent, which makes the subtrahend 128 or 256.
+# lowest bit of the exponent of what is then added, which makes that -128 or -256.
 _TO_BFLOAT16 = tl.constexpr("""
 {
-.reg .b32 t, u, a, b;
+.reg .b32 t, u, a, b, one;
+mov.b32 one, 0x3F803F80;
 prmt.b32 t, $4, 0, 0x4140;
 prmt.b32 u, $4, 0, 0x4342;
 lop3.b32 a, t, 0x007f007f, 0x43004300, 0xEA;
-lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
-sub.rn.bf16x2 t, a, b;
+lop3.b32 b, t, 0x00800080, 0xC300C300, 0xEA;
+fma.rn.bf16x2 t, a, one, b;
 lop3.b32 a, u, 0x007f007f, 0x43004300, 0xEA;
-lop3.b32 b, u, 0x00800080, 0x43004300, 0xEA;
-sub.rn.bf16x2 u, a, b;
+lop3.b32 b, u, 0x00800080, 0xC300C300, 0xEA;
+fma.rn.bf16x2 u, a, one, b;
 mov.b32 {$0, $1}, t;
 mov.b32 {$2, $3}, u;
 }

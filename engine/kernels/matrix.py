@@ -4,14 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-SLICES = 4  # of K, each summed on its own: part of what the bits of a product depend on
+LONG_FEATURES = 4096  # from here on K has more slices
 SLICE_UNIT = 64  # features; a slice is a whole number of them, and a step along K divides it
 TILE_ROWS = 16  # weight rows of one tensor-core instruction; its 16 features are a step
 
 
+def num_slices(in_features: int) -> int:
+    """Slices of K, each summed on its own: part of what the bits of a product depend on."""
+    return 8 if in_features >= LONG_FEATURES else 4
+
+
 def slice_features(in_features: int) -> int:
-    """Features of a slice; the last slices of a short K may be shorter, or empty."""
-    return -(-in_features // (SLICES * SLICE_UNIT)) * SLICE_UNIT
+    """Features of a slice; the last slices may be shorter, or empty."""
+    return -(-in_features // (num_slices(in_features) * SLICE_UNIT)) * SLICE_UNIT
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,15 @@ def pack(rows: torch.Tensor) -> torch.Tensor:
     In PTX's terms (mma.m16n8k16, the fragments of operand A), a lane of a warp is (g, c), 8 by 4; its 8 values of a
     step are rows g and g + 8, features 2c, 2c + 1, 2c + 8 and 2c + 9. From the outside in: tile of 16 rows; step of a
     slice (two at a time for 1-byte values); slice; lane; and 16 bytes of the lane. A warp reads 512 bytes in one
-    piece, and the four warps of a program, one for each slice, read 2 KB.
+    piece, and the warps of a program, one for each slice, read so much side by side.
     """
     out_features, in_features = rows.shape
-    tiles, width = -(-out_features // TILE_ROWS), slice_features(in_features)
-    padded = rows.new_zeros((tiles * TILE_ROWS, SLICES * width))
+    slices, width = num_slices(in_features), slice_features(in_features)
+    tiles = -(-out_features // TILE_ROWS)
+    padded = rows.new_zeros((tiles * TILE_ROWS, slices * width))
     padded[:out_features, :in_features] = rows
     steps = 3 - rows.element_size()  # that fill a lane's 16 bytes
     assert steps in (1, 2), "packed values have 1 or 2 bytes"
     #                    tile   half g slice  turns            step  half c pair
-    parts = padded.view(tiles, 2, 8, SLICES, width // (16 * steps), steps, 2, 4, 2)
+    parts = padded.view(tiles, 2, 8, slices, width // (16 * steps), steps, 2, 4, 2)
     return parts.permute(0, 4, 3, 2, 7, 5, 6, 1, 8).contiguous().view(-1)

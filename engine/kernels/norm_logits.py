@@ -32,6 +32,7 @@ def _norm_logits(
     PART_STRIDE: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     INT8: tl.constexpr,
     INT8_ROWS: tl.constexpr,
     FEW: tl.constexpr,
@@ -47,7 +48,7 @@ def _norm_logits(
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     place = first_row + tl.arange(0, LOAD_N)
     source = place
     if INDEXED:
@@ -56,7 +57,7 @@ def _norm_logits(
         parts = load_parts(squares_ptr, source, place < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     acc = accumulate(
         first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, place < rows,
-        OUT, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:
         parts = load_parts(squares_ptr, source, place < rows, PARTS, PART_COLUMNS, PART_STRIDE)

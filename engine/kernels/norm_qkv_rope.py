@@ -94,6 +94,7 @@ def _norm_qkv_rope(
     PART_STRIDE: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     INT8: tl.constexpr,
     INT8_ROWS: tl.constexpr,
     FEW: tl.constexpr,
@@ -112,7 +113,7 @@ def _norm_qkv_rope(
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     # A tile has TILE_ROWS rows of the weight; the rest of BLOCK_M repeats others and is not stored.
     first_out = tile * TILE_ROWS
-    first, second = begin(w_ptr, first_out, OUT, K, SLICE, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, first_out, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
 
     source = first_row + tl.arange(0, LOAD_N)
     if FEW:  # under way beside the product; for many rows it would cost registers
@@ -134,7 +135,7 @@ def _norm_qkv_rope(
 
     acc = accumulate(
         first, second, w_ptr, first_out, x_ptr, source * K, source < rows,
-        OUT, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
@@ -193,9 +194,10 @@ def norm_qkv_rope(
     kernel: Kernel = "norm_qkv_head_norm_rope" if head_norm else "norm_qkv_rope"
     if configuration is None:
         configuration = configuration_for(kernel, rows, matrix)
-        if head_norm and isinstance(configuration, FewRows) and weights.head_dim % TILE_ROWS:
-            configuration = configuration_for(kernel, 2 * TILE_ROWS, matrix)  # a head is not a number of packed tiles
+        if head_norm and isinstance(configuration, FewRows) and not _fits_few_rows(weights.head_dim):
+            configuration = configuration_for(kernel, TILE_ROWS, matrix)
     configuration = fitted(configuration, rows, matrix)
+    assert not (head_norm and isinstance(configuration, FewRows)) or weights.head_dim % TILE_ROWS == 0
     _check(x, weights, rope, positions, slot_mapping, q, kv)
     block_m = max(TILE_ROWS, triton.next_power_of_2(weights.head_dim)) if head_norm else None
     options = product_options(configuration, rows, matrix, pdl, block_m)
@@ -230,6 +232,11 @@ def norm_qkv_rope(
         **x.options(),
         **options,
     )
+
+
+def _fits_few_rows(head_dim: int) -> bool:
+    """Whether a head is a number of packed tiles, and few enough of them for the registers of one program."""
+    return head_dim % TILE_ROWS == 0 and head_dim <= 64
 
 
 def _check(

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.configurations import Configuration, FewRows
-from engine.kernels.matrix import TILE_ROWS, Matrix, slice_features
+from engine.kernels.configurations import MAX_FEW_ROWS, Configuration, FewRows
+from engine.kernels.matrix import TILE_ROWS, Matrix, num_slices, slice_features
 from engine.kernels.pdl import launch_dependents, supports_pdl, wait_for_producers
 from engine.kernels.product_few_rows import load_turn, product_few_rows
 from engine.kernels.product_many_rows import product_int8, product_many_rows
@@ -29,8 +29,13 @@ def weight_pointer(matrix: Matrix, configuration: Configuration) -> torch.Tensor
 def num_programs(configuration: Configuration, rows: int, outputs: int, tile_rows: int | None = None) -> int:
     """Programs of a launch; tile_rows: weight rows of a program, where the configuration does not say."""
     if isinstance(configuration, FewRows):
-        return triton.cdiv(outputs, tile_rows or TILE_ROWS)
+        return triton.cdiv(outputs, tile_rows or TILE_ROWS) * triton.cdiv(rows, _few_block_n(rows))
     return triton.cdiv(outputs, tile_rows or configuration.block_m) * triton.cdiv(rows, configuration.block_n)
+
+
+def _few_block_n(rows: int) -> int:
+    """Rows of a tile: what one tensor-core instruction takes, or two."""
+    return 8 if rows <= 8 else MAX_FEW_ROWS
 
 
 def product_options(
@@ -38,9 +43,11 @@ def product_options(
 ) -> dict[str, Any]:
     """Keyword arguments of a launch that follow from the configuration. block_m: in place of what it says."""
     use_pdl = pdl and supports_pdl(matrix.rows.device)
+    slices = num_slices(matrix.in_features)
     options: dict[str, Any] = {
         "K": matrix.in_features,
         "SLICE": slice_features(matrix.in_features),
+        "SLICES": slices,
         "INT8": matrix.scales is not None,
         "INT8_ROWS": matrix.rounds_inputs,
         "PDL": use_pdl,
@@ -48,11 +55,10 @@ def product_options(
         "enable_fp_fusion": False,
     }
     if isinstance(configuration, FewRows):
-        assert rows <= 16, "a configuration for few rows"
-        block_n = 8 if rows <= 8 else 16
+        block_n = _few_block_n(rows)
         options |= {"FEW": True, "BLOCK_M": block_m or TILE_ROWS, "BLOCK_N": block_n, "BLOCK_K": 0}
         options |= {"LOAD_N": 1 if rows == 1 else block_n, "STEPS": configuration.steps}
-        options |= {"PRELOAD": configuration.preload, "num_warps": 4, "num_stages": 1}
+        options |= {"PRELOAD": configuration.preload, "num_warps": slices, "num_stages": 1}
     else:
         options |= {"FEW": False, "BLOCK_M": block_m or configuration.block_m, "BLOCK_N": configuration.block_n}
         options |= {"BLOCK_K": configuration.block_k, "LOAD_N": configuration.block_n, "STEPS": 0, "PRELOAD": 0}
@@ -69,6 +75,7 @@ def begin(
     OUT: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
@@ -84,9 +91,9 @@ def begin(
     second = 0
     if FEW:
         last_tile: tl.constexpr = (OUT + 15) // 16 - 1
-        first = load_turn(w_ptr, first_out // 16, last_tile, 0, K, SLICE, STEPS, BLOCK_M // 16)
+        first = load_turn(w_ptr, first_out // 16, last_tile, 0, K, SLICE, SLICES, STEPS, BLOCK_M // 16)
         if PRELOAD > 1:
-            second = load_turn(w_ptr, first_out // 16, last_tile, 1, K, SLICE, STEPS, BLOCK_M // 16)
+            second = load_turn(w_ptr, first_out // 16, last_tile, 1, K, SLICE, SLICES, STEPS, BLOCK_M // 16)
     wait_for_producers(PDL)
     return first, second
 
@@ -103,6 +110,7 @@ def accumulate(
     OUT: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,7 +126,7 @@ def accumulate(
         last_tile: tl.constexpr = (OUT + 15) // 16 - 1
         acc = product_few_rows(
             first, second, w_ptr, first_out // 16, last_tile, x_ptr, row_offset, present,
-            K, SLICE, STEPS, PRELOAD, BLOCK_M // 16, BLOCK_N,
+            K, SLICE, SLICES, STEPS, PRELOAD, BLOCK_M // 16, BLOCK_N,
         )  # fmt: skip
     else:
         weight_rows = tl.minimum(first_out + tl.arange(0, BLOCK_M), OUT - 1)

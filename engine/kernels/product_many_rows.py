@@ -63,7 +63,13 @@ def product_many_rows(
         x = tl.load(x_ptr + row_offset[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc = multiply(w, tl.trans(x), acc)
         step += 1
-        if step == SLICE // BLOCK_K:
+        if w_ptr.dtype.element_ty == tl.int32:
+            # The tile is a register operand, and where a branch reads its sum, Triton 3.6 forgets to wait for it.
+            is_last = step == SLICE // BLOCK_K
+            total = tl.where(is_last, total + acc, total)
+            acc = tl.where(is_last, 0.0, acc)
+            step = tl.where(is_last, 0, step)
+        elif step == SLICE // BLOCK_K:
             total += acc
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             step = 0

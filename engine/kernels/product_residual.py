@@ -31,6 +31,7 @@ def _product_residual(
     PART_STRIDE: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     INT8: tl.constexpr,
     INT8_ROWS: tl.constexpr,
     FEW: tl.constexpr,
@@ -47,7 +48,7 @@ def _product_residual(
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     norm = tl.load(norm_ptr + m, mask=m < OUT, other=0.0)
-    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     n = first_row + tl.arange(0, BLOCK_N)
     target = n[None, :] * OUT + m[:, None]
     mask = (n < rows)[None, :] & (m < OUT)[:, None]
@@ -55,7 +56,7 @@ def _product_residual(
     source = first_row + tl.arange(0, LOAD_N)
     acc = accumulate(
         first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
-        OUT, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, source < rows, OUT, INT8, INT8_ROWS)
     dtype = out_ptr.dtype.element_ty

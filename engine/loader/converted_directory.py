@@ -17,7 +17,7 @@ from engine.errors import ModelError
 from engine.loader.checkpoint import Checkpoint
 from engine.loader.hf_config import QUANT_METHOD, read_generation_defaults, read_model_config
 from engine.loader.safetensors_directory import INDEX_NAME, SINGLE_NAME
-from engine.quantize.int8_weight import SCALE_SUFFIX, is_quantizable, quantize_weight, rounds_inputs
+from engine.quantize.int8_weight import SCALE_SUFFIX, inputs_are_rounded, is_quantizable, quantize_weight
 
 MAX_SHARD_BYTES = 2_000_000_000  # held in memory while they are written
 # What else belongs to a model: tokenizer, chat templates, generation settings, and its licence.
@@ -66,7 +66,7 @@ def write_weights(
         for tensor_name in shard:
             tensor = checkpoint.load(tensor_name)
             if is_quantizable(tensor_name):
-                weight = quantize_weight(tensor, rounds_inputs(tensor_name, quantization))
+                weight = quantize_weight(tensor, inputs_are_rounded(tensor_name, quantization))
                 tensors |= {tensor_name: weight.values, tensor_name + SCALE_SUFFIX: weight.scales}
             else:
                 tensors[tensor_name] = tensor.contiguous()

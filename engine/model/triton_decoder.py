@@ -20,6 +20,7 @@ from engine.model.kv_cache import KVCache
 from engine.model.layer_weights import LayerWeights
 from engine.model.rope import rope_table
 from engine.quantize.int8_weight import Int8Weight, Weight
+from engine.quantize.rotation import rotation_block
 
 PACKED_FRACTION = 0.25  # of the device's memory: larger models do without the copies of their weights for few rows
 
@@ -221,10 +222,10 @@ class TritonDecoder:
         if not matrix.rounds_inputs:
             return x
         rows, features = x.weighted.shape
-        return round_normed(x, self._space.rounded.first(rows, features))
+        return round_normed(x, rotation_block(features), self._space.rounded.first(rows, features))
 
     def _rounded(self, x: torch.Tensor) -> Int8Rows:
-        return round_rows(x, self._space.rounded.first(*x.shape))
+        return round_rows(x, rotation_block(x.shape[1]), self._space.rounded.first(*x.shape))
 
     @property
     def _space(self) -> _Activations:

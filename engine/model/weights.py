@@ -14,9 +14,9 @@ from engine.quantize.int8_weight import (
     SCALE_SUFFIX,
     Int8Weight,
     Weight,
+    inputs_are_rounded,
     is_quantizable,
     quantize_weight,
-    rounds_inputs,
     stack_weights,
 )
 
@@ -127,7 +127,7 @@ class _TensorStream:
         """A matrix, in the format that it is computed in."""
         if self._quantization is Quantization.NONE:
             return self._load(name, self._dtype)
-        rounded = rounds_inputs(name, self._quantization)
+        rounded = inputs_are_rounded(name, self._quantization)
         if self._checkpoint.config.stored_quantization is Quantization.NONE:
             return quantize_weight(self._load(name, None), rounded)
         values = self._load(name, torch.int8).contiguous()

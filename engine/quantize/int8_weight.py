@@ -10,6 +10,7 @@ from engine.quantize.rotation import rotate, rotation_block
 
 LIMIT = 127  # the range is symmetric, so that no zero point is needed
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
+_PIECE_ELEMENTS = 1 << 17
 SCALE_SUFFIX = "_scale"  # a matrix "x.weight" has its scales in "x.weight_scale"
 
 _MATRIX = re.compile(
@@ -59,13 +60,20 @@ def quantize_weight(weight: torch.Tensor, rounds_inputs: bool = False) -> Int8We
 
     The scale is max|w| / 127, computed in float32 from the values as they are given; a channel of zeros gets 1.
     """
-    if rounds_inputs:  # divided by a power of two: rotate(x) · rotate(w) is x · w times the size of a block
-        weight = rotate(weight) / rotation_block(weight.shape[1])
-    values, scales = quantize_rows(weight)
+    if weight.device.type == "cpu":  # pieces whose temporaries stay in the cache: a tenth of the time
+        pieces = weight.split(max(1, _PIECE_ELEMENTS // weight.shape[1]))
+    else:
+        pieces = (weight,)
+    parts = []
+    for piece in pieces:
+        if rounds_inputs:  # divided by a power of two: rotate(x) · rotate(w) is x · w times the size of a block
+            piece = rotate(piece) / rotation_block(weight.shape[1])
+        parts.append(quantize_rows(piece))
+    values, scales = (torch.cat(column) for column in zip(*parts, strict=True))
     return Int8Weight(values, scales, rounds_inputs)
 
 
-def rounds_inputs(name: str, quantization: Quantization) -> bool:
+def inputs_are_rounded(name: str, quantization: Quantization) -> bool:
     """Whether the rows that the named matrix is multiplied with are rounded. Logits are compared with each other, which
     needs more digits than a layer does: the head's are not."""
     return quantization is Quantization.W8A8 and name != "lm_head.weight"

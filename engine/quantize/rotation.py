@@ -26,13 +26,13 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     device has the same bits.
     """
     block = rotation_block(x.shape[-1])
-    y = x.float()
+    y = x.float().reshape(-1, block).t()  # channels first: each step then adds long vectors
     half = 1
     while half < block:
-        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        first, second = y.reshape(-1, 2, half, y.shape[1]).unbind(1)
+        y = torch.stack((first + second, first - second), dim=1).view(y.shape)
         half *= 2
-    return y
+    return y.t().reshape(x.shape)
 
 
 @lru_cache

@@ -9,13 +9,17 @@ import torch
 
 from engine.batch import SampledToken, ScheduledChunk
 from engine.config import CacheConfig, Quantization, SchedulerConfig
+from engine.errors import ConfigError
 from engine.loader.checkpoint import Checkpoint
-from engine.model.kv_cache import KVCache
+from engine.model.decoder import Decoder
+from engine.model.kv_cache import KVCache, kv_bytes_per_block
 from engine.model.reference_decoder import ReferenceDecoder
 from engine.model.weights import load_decoder
+from engine.quantize.formats import resolve_quantization
 from engine.request import Request
 from engine.runner.eager_forward import EagerForward
-from engine.runner.memory import plan_num_blocks
+from engine.runner.memory import plan_num_blocks, read_memory, weight_bytes
+from engine.runner.out_of_memory import explained, kv_cache_does_not_fit, weights_do_not_fit, workspace_does_not_fit
 
 Choices = npt.NDArray[np.int64]  # [S, 2]
 
@@ -53,6 +57,11 @@ class Forward(Protocol):
         of the step launched before."""
         ...
 
+    def score(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """Compute one chunk's KV. Returns the logits of all its rows: float32 [num_scheduled_tokens, vocab_size], until
+        the next step. It has no more rows than a step may have logits."""
+        ...
+
     def chooses(self, request: Request) -> bool:
         """Whether the device chooses this request's tokens; depends on nothing but what was asked for."""
         ...
@@ -75,26 +84,64 @@ def load_forward(
     on_progress: Callable[[int, int], None],
     quantization: Quantization = Quantization.NONE,
 ) -> Forward:
-    """Load the weights, then give the KV cache what memory is left.
+    """Load the weights, then give the KV cache what memory is left: `load_weights`, then `make_forward`.
+
+    Raises:
+        ModelError, ConfigError: as they do.
+    """
+    decoder = load_weights(checkpoint, device, dtype, limits.max_model_len, on_progress, quantization)
+    return make_forward(decoder, cache, limits)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    on_progress: Callable[[int, int], None],
+    quantization: Quantization,
+) -> Decoder:
+    """The device's decoder, with its weights. `on_progress(tensors loaded, tensors in all)`.
 
     Raises:
         ModelError: the model cannot be loaded.
-        ConfigError: the KV cache cannot hold one request of the longest length; the model cannot be quantised so.
+        ConfigError: the model cannot be quantised so, or its weights do not fit.
     """
+    quantization = resolve_quantization(checkpoint.config, quantization)
+    needed, free = weight_bytes(checkpoint.config, dtype, quantization), read_memory(device).free_bytes
+    if needed > free:
+        raise ConfigError(weights_do_not_fit(needed, free, quantization))
+    kind: type[Decoder] = ReferenceDecoder
+    if device.type == "cuda":
+        # Imported where it is needed: Triton is not to be had on every platform with a CPU.
+        from engine.model.triton_decoder import TritonDecoder
+
+        kind = TritonDecoder
+    with explained(lambda: weights_do_not_fit(needed, free, quantization)):
+        return load_decoder(kind, checkpoint, device, dtype, max_model_len, on_progress, quantization)
+
+
+def make_forward(decoder: Decoder, cache: CacheConfig, limits: SchedulerConfig) -> Forward:
+    """Set aside what steps need, then give the KV cache what memory is left.
+
+    Raises:
+        ConfigError: one of them does not fit, or the KV cache cannot hold one request of the longest length.
+    """
+    model, device, dtype = decoder.config, decoder.device, decoder.dtype
 
     def make_kv_cache() -> KVCache:
-        num_blocks = plan_num_blocks(checkpoint.config, cache, limits, dtype, device)
-        return KVCache(checkpoint.config, num_blocks, cache.block_size, dtype, device, cache.dtype)
+        num_blocks = plan_num_blocks(model, cache, limits, dtype, device)
+        needed = num_blocks * kv_bytes_per_block(model, cache.block_size, dtype, cache.dtype)
+        with explained(lambda: kv_cache_does_not_fit(needed, read_memory(device).free_bytes)):
+            return KVCache(model, num_blocks, cache.block_size, dtype, device, cache.dtype)
 
-    if device.type != "cuda":
-        reference = load_decoder(
-            ReferenceDecoder, checkpoint, device, dtype, limits.max_model_len, on_progress, quantization
-        )
-        return EagerForward(reference, make_kv_cache())
+    if isinstance(decoder, ReferenceDecoder):
+        return EagerForward(decoder, make_kv_cache())
 
-    # Imported where they are needed: Triton is not to be had on every platform with a CPU.
     from engine.model.triton_decoder import TritonDecoder
     from engine.runner.graph_forward import GraphForward
 
-    decoder = load_decoder(TritonDecoder, checkpoint, device, dtype, limits.max_model_len, on_progress, quantization)
-    return GraphForward(decoder, make_kv_cache, limits)
+    assert isinstance(decoder, TritonDecoder)
+    free = read_memory(device).free_bytes
+    with explained(lambda: workspace_does_not_fit(free, limits.token_budget, limits.max_num_seqs)):
+        return GraphForward(decoder, make_kv_cache, limits)

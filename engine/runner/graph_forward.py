@@ -1,7 +1,7 @@
 """Calls the Triton decoder through CUDA graphs, one for each shape that steps are padded to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -99,6 +99,21 @@ class GraphForward:
             arrived.record()
         return _Launched(self.decoder, self._sampler, num_choices, bucket.host_arrays[parity], logprobs, arrived)
 
+    @torch.inference_mode()
+    def score(self, chunk: ScheduledChunk) -> torch.Tensor:
+        parity, num_rows = self._num_steps % 2, chunk.num_scheduled_tokens
+        bucket = self._buckets.holding(num_rows, num_rows)
+        lists, seats = ChunkLists.of([chunk], {}), np.array(self._block_tables.seats([chunk]), np.int32)
+        staging = bucket.staging[parity]
+        staging.write(lists, seats)
+        num_needed = -(-np.array(lists.stops, np.int32) // self.kv_cache.block_size)
+        self._block_tables.write_updates([chunk], seats, num_needed, staging.updates, parity)
+        bucket.staged.copy_(staging.tensor, non_blocking=True)
+        self._num_steps += 1
+        self._decoding, self._choice_of = [], {}
+        step = replace(self._make_input(bucket), logit_rows=torch.arange(num_rows, device=self.decoder.device))
+        return self.decoder.forward(step, self.kv_cache)
+
     def chooses(self, request: Request) -> bool:
         return self._sampler.supports(request)
 
@@ -160,14 +175,18 @@ class GraphForward:
     @torch.inference_mode()
     def _run(self, bucket: Bucket) -> None:
         """The whole step on the device, from what is staged there to its choices."""
+        inputs = bucket.inputs
+        logits = self.decoder.forward(self._make_input(bucket), self.kv_cache)
+        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices)
+
+    def _make_input(self, bucket: Bucket) -> TritonInput:
+        """Start turning what is staged on the device into the decoder's input."""
         inputs, tables = bucket.inputs, self._block_tables.device_tables
         last_choices = self._buckets.last_choices
         step_inputs(bucket.staged, bucket.layout, last_choices, tables, self.kv_cache.block_size, inputs)
-        step = TritonInput(
+        return TritonInput(
             inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.seats, tables, inputs.logit_rows
         )
-        logits = self.decoder.forward(step, self.kv_cache)
-        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices)
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
         """Record the step, which computes nothing. Its kernels are compiled."""

@@ -78,8 +78,3 @@ class ModelRunner:
     def chooses_on_device(self, request: Request) -> bool:
         """Whether all of this request's tokens are chosen without the host."""
         return self.forward.chooses(request)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch failed for want of memory, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.configurations import MAX_FEW_ROWS, Configuration
+from engine.kernels.configurations import Configuration
 from engine.kernels.pdl import INTERPRETED
 from tests.kernels.products import FEW, MANY, Draw, Weight
 
@@ -61,8 +61,8 @@ def _cancel(draw: Draw, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def all_configurations(rows: int, packed: bool) -> list[Configuration | None]:
-    """Every configuration of the tests that can serve `rows` rows; None: the table's. The interpreter takes turns."""
-    few = FEW if packed and rows <= MAX_FEW_ROWS else []
+    """Every configuration of the tests; None: the table's. The interpreter takes turns."""
+    few = FEW if packed else []
     return [None, *few[rows % 2 :: 2], *MANY[rows % 3 :: 3]] if INTERPRETED else [None, *few, *MANY]
 
 

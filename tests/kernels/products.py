@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine.kernels.configurations import MAX_FEW_ROWS, REFERENCE, Configuration, FewRows, ManyRows
+from engine.kernels.configurations import REFERENCE, Configuration, FewRows, ManyRows
 from engine.kernels.matrix import Matrix, pack
 from engine.kernels.pdl import INTERPRETED
 from engine.kernels.row_norm import NormedRows
@@ -20,9 +20,9 @@ DEVICES = [
 # (dtype, whether the weights are int8)
 KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 ROWS = [  # (rows, *kind): the interpreter is slow
-    *((rows, torch.float32, False) for rows in (1, 3)),
-    *((rows, torch.bfloat16, False) for rows in (1, 16, 17, 33)),
-    *((rows, torch.bfloat16, True) for rows in (1, 3, 17)),
+    (1, torch.float32, False),
+    *((rows, torch.bfloat16, False) for rows in (1, 3, 16, 33)),
+    *((rows, torch.bfloat16, True) for rows in (3, 17)),
 ]
 INVARIANT_ROWS = 33
 COUNTS: tuple[int, ...] = (1, 3, 16)
@@ -50,9 +50,9 @@ def configurations(rows: int, matrix: Matrix) -> list[Configuration | None]:
         1: [None, FEW[0], MANY[1]],
         3: [FEW[1], FEW[3], MANY[0]],
         16: [FEW[2], FEW[4], MANY[2]],
-        17: [None, MANY[3]],
+        17: [None, FEW[3], MANY[3]],
         33: [MANY[4], MANY[5]],
-        150: [None, MANY[6]],
+        150: [None, FEW[2], MANY[6]],
     }
     return [c for c in chosen[rows] if matrix.packed is not None or not isinstance(c, FewRows)]
 
@@ -143,17 +143,19 @@ def normed_rows(x: torch.Tensor, norm: torch.Tensor, eps: float = EPS, part: int
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, leeway: float = 1.0) -> None:
-    """Equal but for the order of sums: in bfloat16 that flips a rounding here and there.
+    """Equal but for the order of sums: in bfloat16 that flips a rounding here and there; one is allowed in any case.
 
     A rounding left out or added changes about half of the values by a unit: 1e-3 of the norm or more.
     """
     actual, expected = actual.cpu().float(), expected.cpu().float()
     assert actual.shape == expected.shape
     tolerance = leeway * {torch.float32: 2e-6, torch.bfloat16: 6e-4, torch.float16: 1e-4}[dtype]
-    error = (actual - expected).norm() / expected.norm()
-    assert error < tolerance, f"relative error {error:.2e}"
+    error, largest = (actual - expected).norm(), expected.abs().max()
+    assert error < tolerance * expected.norm() + torch.finfo(dtype).eps * largest, (
+        f"error {error / expected.norm():.2e}"
+    )
     furthest = leeway * {torch.float32: 2e-5, torch.bfloat16: 0.016, torch.float16: 2e-3}[dtype]
-    assert (actual - expected).abs().max() <= furthest * expected.abs().max()
+    assert (actual - expected).abs().max() <= furthest * largest
 
 
 def assert_normed_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -182,14 +184,14 @@ def assert_row_invariant(kernel: Kernel, x: torch.Tensor, packed: bool) -> None:
     assert len(x) == INVARIANT_ROWS
     whole = kernel(x, REFERENCE)
     assert not whole.isnan().any()
-    for configuration in (*MANY[1:], None):
+    for configuration in (*MANY[1:], *(FEW[2:4] if packed else []), None):
         assert torch.equal(kernel(x, configuration), whole), configuration
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
     assert torch.equal(kernel(x[order], None), whole[order])
     for count in COUNTS:
         first = count % 7
         tried: list[Configuration | None] = [None]
-        if count <= MAX_FEW_ROWS:
+        if count <= 16:
             tried += [MANY[1], *(FEW[count % 2 :: 2] if packed else [])]
         for configuration in tried:
             result = kernel(x[first : first + count], configuration)

@@ -7,7 +7,6 @@ from engine.kernels import configurations
 from engine.kernels.configurations import (
     BUCKETS,
     KERNELS,
-    MAX_FEW_ROWS,
     FewRows,
     Kernel,
     ManyRows,
@@ -22,50 +21,67 @@ from engine.kernels.pair_order import pair_group
 
 SHARED_MEMORY_BYTES = 227 * 1024  # of one CTA on an H100
 IN_FEATURES = [48, 96, 320, 576, 960, 1024, 1536, 2048, 4096, 5632, 14336]
+ALL_ROWS = sorted({1, 2, 2048, *BUCKETS, *(bucket + 1 for bucket in BUCKETS)})
 
 
 def matrix(in_features: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = True) -> Matrix:
     rows = torch.empty(16, in_features, dtype=dtype, device="meta")
-    return Matrix(rows, rows.flatten() if packed else None)
+    scales = torch.empty(16, device="meta") if dtype == torch.int8 else None
+    return Matrix(rows, rows.flatten() if packed else None, scales)
+
+
+def check(entry: configurations.Configuration, rows: int, weight: Matrix, activation_bytes: int) -> None:
+    """An entry can serve so many rows on an H100."""
+    width = slice_features(weight.in_features)
+    if isinstance(entry, FewRows):
+        assert weight.packed is not None
+        assert rows <= 64
+        assert entry.steps in (4, 8, 16)
+        assert entry.preload in (1, 2)
+        assert (entry.preload - 1) * 16 * entry.steps < width
+    else:
+        assert entry.block_m in (16, 32, 64, 128)
+        assert entry.block_n in (16, 32, 64, 128)
+        assert entry.block_n <= max(16, row_bucket(rows))
+        assert entry.num_warps in (4, 8)
+        assert width % entry.block_k == 0
+        row_bytes = entry.block_m * weight.rows.element_size() + entry.block_n * activation_bytes
+        assert row_bytes * entry.block_k * entry.num_stages <= SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("in_features", IN_FEATURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_entry_fits(kernel: Kernel, in_features: int, packed: bool) -> None:
-    weight, width = matrix(in_features, packed=packed), slice_features(in_features)
-    for rows in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 2048):
+def test_every_entry_fits(kernel: Kernel, in_features: int, dtype: torch.dtype, packed: bool) -> None:
+    weight = matrix(in_features, dtype, packed=packed)
+    for rows in ALL_ROWS:
         entry = configuration_for(kernel, rows, weight)
         assert fitted(entry, rows, weight) == entry
-        if isinstance(entry, FewRows):
-            assert packed
-            assert rows <= MAX_FEW_ROWS
-            assert entry.steps in (4, 8, 16)
-            assert width % (16 * entry.steps) == 0
-            assert entry.preload in (1, 2)
-            assert entry.preload * 16 * entry.steps <= width
-        else:
-            assert entry.block_m in (16, 32, 64, 128)
-            assert entry.block_n in (16, 32, 64, 128)
-            assert rows <= entry.block_n or rows > BUCKETS[-2] or not packed
-            assert entry.num_warps in (4, 8)
-            assert width % entry.block_k == 0
-            # bfloat16 tiles of both operands in every stage
-            assert (entry.block_m + entry.block_n) * entry.block_k * 2 * entry.num_stages <= SHARED_MEMORY_BYTES
+        check(entry, rows, weight, activation_bytes=2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("in_features", [576, 2048, 5632])
 def test_every_entry_fits_with_float32(kernel: Kernel, in_features: int) -> None:
-    for rows in (1, 8, 16, 17, 33, 65, 129):
-        entry = configuration_for(kernel, rows, matrix(in_features, torch.float32, packed=False))
-        assert isinstance(entry, ManyRows)
-        assert (entry.block_m + entry.block_n) * entry.block_k * 4 * entry.num_stages <= SHARED_MEMORY_BYTES
+    weight = matrix(in_features, torch.float32, packed=False)
+    for rows in ALL_ROWS:
+        check(configuration_for(kernel, rows, weight), rows, weight, activation_bytes=4)
+
+
+def test_shapes_of_their_own_fit() -> None:
+    for kernel, bucket, outputs, in_features in configurations._BY_SHAPE:
+        rows = torch.empty(outputs, in_features, dtype=torch.bfloat16, device="meta")
+        weight = Matrix(rows, rows.flatten())
+        entry = configuration_for(kernel, bucket, weight)
+        assert entry == fitted(configurations._BY_SHAPE[kernel, bucket, outputs, in_features], bucket, weight)
+        check(entry, bucket, weight, activation_bytes=2)
 
 
 def test_fitted_goes_no_further_than_it_must() -> None:
     assert fitted(FewRows(16, 2), 1, matrix(2048)) == FewRows(16, 2)
-    assert fitted(FewRows(16, 2), 1, matrix(5632)) == FewRows(8, 2)  # a slice is 88 steps
+    assert fitted(FewRows(16, 2), 1, matrix(5632)) == FewRows(16, 2)  # a slice is 44 steps: the last turn has 12
+    assert fitted(FewRows(16, 2), 1, matrix(576)) == FewRows(8, 2)  # 12 steps
     assert fitted(FewRows(16, 2), 1, matrix(96)) == FewRows(4, 1)
     assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(2048)) == ManyRows(64, 64, 256, 4, 3)
     assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(576)) == ManyRows(64, 64, 64, 4, 8)
@@ -73,14 +89,14 @@ def test_fitted_goes_no_further_than_it_must() -> None:
 
 
 def test_a_shape_of_its_own_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(configurations._BY_SHAPE, ("norm_logits", 8, 16, 2048), FewRows(16, 1))
-    assert configuration_for("norm_logits", 5, matrix(2048)) == FewRows(16, 1)
-    assert configuration_for("norm_logits", 5, matrix(4096)) != FewRows(16, 1)
+    monkeypatch.setitem(configurations._BY_SHAPE, ("norm_logits", 8, 16, 2048), FewRows(4, 1))
+    assert configuration_for("norm_logits", 5, matrix(2048)) == FewRows(4, 1)
+    assert configuration_for("norm_logits", 5, matrix(3072)) == configurations._TABLE["norm_logits", 8]
     assert configuration_for("norm_logits", 9, matrix(2048)) == configurations._TABLE["norm_logits", 16]
 
 
 def test_buckets() -> None:
-    expected = {1: 1, 2: 8, 8: 8, 9: 16, 17: 32, 64: 64, 65: 128, 5000: 128}
+    expected = {1: 1, 2: 8, 8: 8, 9: 16, 17: 32, 64: 64, 65: 128, 5000: 512}
     assert {rows: row_bucket(rows) for rows in expected} == expected
 
 

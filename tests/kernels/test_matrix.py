@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.kernels.matrix import SLICES, Matrix, pack, slice_features
+from engine.kernels.matrix import Matrix, num_slices, pack, slice_features
 
-SHAPES = [(16, 256), (33, 48), (20, 320), (1, 1), (48, 576), (17, 1100)]
+SHAPES = [(16, 256), (33, 48), (20, 320), (1, 1), (48, 576), (17, 1100), (3, 4100)]
 
 
 def place(row: int, feature: int, in_features: int, value_bytes: int) -> int:
@@ -13,15 +13,15 @@ def place(row: int, feature: int, in_features: int, value_bytes: int) -> int:
 
     A lane (g, c) = 4 g + c holds the registers a0 … a7: rows g and g + 8, features 2c, 2c + 1 and 2c + 8, 2c + 9.
     """
-    width = slice_features(in_features)
+    slices, width = num_slices(in_features), slice_features(in_features)
     tile, slice_index = row // 16, feature // width
     step, inside = feature % width // 16, feature % 16
     lane = row % 8 * 4 + inside % 8 // 2
     register = inside % 2 + 2 * (row % 16 // 8) + 4 * (inside // 8)
     steps_together = 2 // value_bytes
     turn, member = divmod(step, steps_together)
-    piece = (turn * SLICES + slice_index) * 32 + lane  # 16 bytes of one lane
-    return (tile * SLICES * width * 16) + piece * 8 * steps_together + member * 8 + register
+    piece = (turn * slices + slice_index) * 32 + lane  # 16 bytes of one lane
+    return (tile * slices * width * 16) + piece * 8 * steps_together + member * 8 + register
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
@@ -33,7 +33,7 @@ def test_values_are_in_register_order(shape: tuple[int, int], dtype: torch.dtype
     assert torch.equal(packed[places], rows)
     assert places.unique().numel() == rows.numel()
     assert packed.count_nonzero() == rows.numel()  # zeros wherever the rows have nothing
-    assert packed.numel() == -(-shape[0] // 16) * 16 * SLICES * slice_features(shape[1])
+    assert packed.numel() == -(-shape[0] // 16) * 16 * num_slices(shape[1]) * slice_features(shape[1])
 
 
 def test_wide_values_cannot_be_packed() -> None:
@@ -42,8 +42,10 @@ def test_wide_values_cannot_be_packed() -> None:
 
 
 def test_slices_are_whole_units() -> None:
-    features = [1, 64, 96, 256, 257, 320, 576, 2048, 5632]
-    assert [slice_features(count) for count in features] == [64, 64, 64, 64, 128, 128, 192, 512, 1408]
+    """They are part of what the bits of a product depend on."""
+    slices = {64: (4, 64), 96: (4, 64), 256: (4, 64), 257: (4, 128), 576: (4, 192), 2048: (4, 512), 4095: (4, 1024)}
+    slices |= {4096: (8, 512), 4100: (8, 576), 5632: (8, 704), 14336: (8, 1792)}
+    assert {count: (num_slices(count), slice_features(count)) for count in slices} == slices
 
 
 def test_bytes_count_both_copies() -> None:

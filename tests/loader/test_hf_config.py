@@ -125,6 +125,11 @@ def test_rope_in_the_old_and_the_new_style(tmp_path: Path, fields: dict[str, Any
         ({"attention_bias": True}, "attention_bias: true is not supported"),
         ({"mlp_bias": True}, "mlp_bias: true is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: weights quantised with 'awq'"),
+        (
+            {"quantization_config": {"quant_method": "slipstream", "format": "int3"}},
+            "quantization_config.format: 'int3' is not known; known are int8, w8a8",
+        ),
+        ({"quantization_config": {"quant_method": "slipstream"}}, "quantization_config.format: None is not known"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: must be true or false"),
         ({"eos_token_id": 96}, "eos_token_id: must be a token id below vocab_size (96)"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id: must be a token id"),

@@ -12,10 +12,10 @@ from engine.model.weights import expected_tensors
 from engine.quantize.formats import MAX_INPUT_FEATURES, resolve_quantization
 from engine.quantize.int8_weight import (
     Int8Weight,
+    inputs_are_rounded,
     is_quantizable,
     quantize_rows,
     quantize_weight,
-    rounds_inputs,
     stack_weights,
 )
 
@@ -43,9 +43,9 @@ def test_half_goes_to_even() -> None:
 
 
 def test_what_rounds_its_inputs() -> None:
-    assert rounds_inputs("model.layers.3.mlp.up_proj.weight", Quantization.W8A8)
-    assert not rounds_inputs("model.layers.3.mlp.up_proj.weight", Quantization.INT8)
-    assert not rounds_inputs("lm_head.weight", Quantization.W8A8)
+    assert inputs_are_rounded("model.layers.3.mlp.up_proj.weight", Quantization.W8A8)
+    assert not inputs_are_rounded("model.layers.3.mlp.up_proj.weight", Quantization.INT8)
+    assert not inputs_are_rounded("lm_head.weight", Quantization.W8A8)
 
 
 def test_rows_without_a_scale() -> None:

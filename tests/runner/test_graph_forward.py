@@ -11,6 +11,7 @@ from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.graph_forward import GraphForward
 from engine.runner.staged_step import StagedStep
+from engine.runner.start_up import Phase, Stage, StartUp
 from engine.runner.step_buckets import FEW_LOGIT_ROWS, StepBuckets
 from engine.sampling.device_sampler import DeviceSampler
 from tests.runner.hash_decoder import POISON, HashDecoder, expected_output, make_engine
@@ -197,10 +198,20 @@ def test_what_is_warm_is_replayed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     limits = SchedulerConfig(max_num_seqs=40, token_budget=100, max_model_len=256)
     config = EngineConfig(device=Device.CUDA, scheduler=limits)
     progress: list[tuple[int, int]] = []
+
+    class Recorded(StartUp):
+        def _show_progress(self, stage: Stage) -> None:
+            if stage.phase is Phase.STEPS:
+                progress.append((stage.done, stage.total))
+
     path = write_tiny_model(tmp_path)
-    engine = LLMEngine.from_path(path, config, on_warm_up=lambda *done: progress.append(done))
+    start_up = Recorded()
+    engine = LLMEngine.from_path(path, config, start_up)
     assert progress == [(done, len(progress)) for done in range(1, len(progress) + 1)]
     assert len(progress) > 5
+    assert start_up.memory is not None
+    assert start_up.memory.graph_bytes > 0
+    assert start_up.memory.workspace_bytes > 0
     num_left = 1
     while engine.prepare_next():
         num_left += 1

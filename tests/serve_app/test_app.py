@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import serve_app
 from engine.errors import ConfigError, ModelError
-from serve_app.app import app, check_model
+from serve_app.app import app, check_model, load_engine, logger
 from serve_app.config import parse_config
 from serve_app.launch import check_http_port, in_command_line, starts_ray_here
 from tests.tiny_models import write_tiny_model
@@ -47,6 +47,17 @@ def test_missing_tensor_is_named_before_a_replica_starts(tmp_path: Path) -> None
 def test_model_that_is_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         check_model(parse_config({"model": str(tmp_path / "missing.gguf"), "device": "cpu"}))
+
+
+def test_a_replicas_log_tells_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(logger, "info", lines.append)
+    arguments = {"model": str(write_tiny_model(tmp_path)), "device": "cpu", "num_threads": "1", "num_kv_blocks": "200"}
+    load_engine(parse_config(arguments))
+    text = "\n".join(lines)
+    for phrase in ("reading headers: 0.", "loading weights: 21/21 tensors, ", "199 blocks of 16: 3,184 tokens"):
+        assert text.count(phrase) == 1
+    assert lines[-1].startswith("ready in ")
 
 
 def test_busy_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,20 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, ModelConfig, RopeConfig, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    KVCacheDType,
+    ModelConfig,
+    Quantization,
+    RopeConfig,
+    SchedulerConfig,
+)
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
 
@@ -36,6 +47,8 @@ def test_every_engine_argument_reaches_the_engine() -> None:
         {
             "device": "cpu",
             "dtype": "bfloat16",
+            "quantization": "w8a8",
+            "kv_cache_dtype": "int8",
             "max_model_len": "500",
             "max_num_seqs": "7",
             "token_budget": "70",
@@ -49,7 +62,10 @@ def test_every_engine_argument_reaches_the_engine() -> None:
     assert config.engine_config(MODEL) == EngineConfig(
         device=Device.CPU,
         dtype=DType.BFLOAT16,
-        cache=CacheConfig(block_size=32, memory_bytes=500_000_000, enable_prefix_caching=False),
+        quantization=Quantization.W8A8,
+        cache=CacheConfig(
+            block_size=32, memory_bytes=500_000_000, enable_prefix_caching=False, dtype=KVCacheDType.INT8
+        ),
         scheduler=SchedulerConfig(max_num_seqs=7, token_budget=70, max_prefill_chunk=35, max_model_len=500),
         num_threads=3,
     )
@@ -60,6 +76,7 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     """A new argument must be added to a test that shows its effect."""
     engine = {"device", "dtype", "max_model_len", "max_num_seqs", "token_budget", "max_prefill_chunk", "block_size"}
     engine |= {"kv_cache_memory_gb", "num_kv_blocks", "enable_prefix_caching", "num_threads"}
+    engine |= {"quantization", "kv_cache_dtype"}
     service = {"model", "served_model_name", "max_queued_requests"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
     assert set(AppConfig.model_fields) == engine | service | placement
@@ -83,6 +100,8 @@ def test_unknown_name_lists_what_is_accepted() -> None:
     ("name", "value", "accepted"),
     [
         ("dtype", "fp8", "one of auto, float32, bfloat16, float16"),
+        ("quantization", "awq", "one of none, int8, w8a8"),
+        ("kv_cache_dtype", "fp8", "one of auto, int8"),
         ("device", "CUDA", "one of auto, cpu, cuda"),
         ("max_num_seqs", "0", "a whole number of at least 1"),
         ("max_num_seqs", "many", "a whole number of at least 1"),
@@ -112,6 +131,13 @@ def test_cache_size_is_given_once() -> None:
 def test_context_past_the_models_own() -> None:
     with pytest.raises(ConfigError, match=r"max_model_len must be at most 1000.*not 1001"):
         parse_config({"max_model_len": "1001", "device": "cpu"}).engine_config(MODEL)
+
+
+def test_quantization_follows_the_stored_weights() -> None:
+    stored = replace(MODEL, stored_quantization=Quantization.INT8)
+    assert parse_config({"device": "cpu"}).engine_config(stored).quantization is Quantization.INT8
+    with pytest.raises(ConfigError, match="quantization=w8a8, but the model's weights are stored as int8"):
+        parse_config({"device": "cpu", "quantization": "w8a8"}).engine_config(stored)
 
 
 def test_threads_are_for_the_cpu() -> None:

@@ -1,0 +1,1 @@
+"""The `slipstream` command: what is done with a model besides serving it."""

@@ -1,0 +1,34 @@
+"""`slipstream convert` and `slipstream eval`."""
+
+import sys
+
+import typer
+
+from engine.errors import SlipstreamError
+from slipstream_cli.convert import convert
+from slipstream_cli.perplexity import perplexity
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tools around models that Slipstream serves. Serving itself: serve run serve_app:app",
+)
+app.command()(convert)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure what a number format costs in quality.")
+evaluate.command()(perplexity)
+app.add_typer(evaluate, name="eval")
+
+
+@evaluate.callback()
+def _evaluate() -> None:
+    """Keeps `perplexity` a command of its own: a group with one command would lose its name."""
+
+
+def main() -> None:
+    """What can be wrong with arguments or model ends in one line."""
+    try:
+        app()
+    except SlipstreamError as error:
+        print(f"slipstream: {error}", file=sys.stderr)
+        sys.exit(1)
