@@ -74,7 +74,7 @@ _TABLE: dict[tuple[Kernel, int], Configuration] = {
     ("product_residual", 1): FewRows(8, 2),
     ("product_residual", 8): FewRows(8, 2),
     ("product_residual", 16): FewRows(16, 1),
-    ("product_residual", 32): FewRows(8, 1),
+    ("product_residual", 32): ManyRows(64, 16, 256, 4, 4),
     ("product_residual", 64): ManyRows(64, 16, 128, 4, 6),
     ("product_residual", 128): ManyRows(64, 32, 128, 4, 6),
     ("product_residual", 256): ManyRows(64, 64, 128, 4, 4),
@@ -127,6 +127,8 @@ _INT8: dict[tuple[Kernel, int], Configuration] = {
 
 # (kernel, bucket, out_features, in_features): shapes that were tuned on their own go before the bucket's entry.
 _BY_SHAPE: dict[tuple[Kernel, int, int, int], Configuration] = {
+    # TinyLlama-1.1B
+    ("product_residual", 32, 2048, 2048): FewRows(8, 1),
     # SmolLM2-135M
     ("norm_qkv_rope", 32, 960, 576): ManyRows(32, 16, 64, 4, 8),
     ("norm_qkv_rope", 256, 960, 576): ManyRows(64, 64, 64, 4, 8),

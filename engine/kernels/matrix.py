@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 LONG_FEATURES = 4096  # from here on K has more slices
-SLICE_UNIT = 64  # features; a slice is a whole number of them, and a step along K divides it
 TILE_ROWS = 16  # weight rows of one tensor-core instruction; its 16 features are a step
 
 
@@ -16,7 +15,9 @@ def num_slices(in_features: int) -> int:
 
 def slice_features(in_features: int) -> int:
     """Features of a slice; the last slices may be shorter, or empty."""
-    return -(-in_features // (num_slices(in_features) * SLICE_UNIT)) * SLICE_UNIT
+    slices = num_slices(in_features)
+    unit = 16 * slices  # long K can afford to fill the longer steps of many rows
+    return -(-in_features // (slices * unit)) * unit
 
 
 @dataclass(frozen=True)
