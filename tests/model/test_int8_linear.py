@@ -42,9 +42,9 @@ def test_equals_the_twin(device: str, shape: tuple[int, int], dtype: torch.dtype
 @pytest.mark.parametrize("rounds_inputs", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_row_invariance(device: str, shape: tuple[int, int], dtype: torch.dtype, rounds_inputs: bool) -> None:
-    weight, x, bias = draw(shape, dtype, rounds_inputs, device)
+def test_row_invariance(shape: tuple[int, int], dtype: torch.dtype, rounds_inputs: bool) -> None:
+    """On the CPU, where it serves; on a GPU it is only what the kernels are compared with."""
+    weight, x, bias = draw(shape, dtype, rounds_inputs, "cpu")
     linear = make_linear(weight, bias)
     y = linear(x)
     assert torch.isfinite(y).all()

@@ -49,6 +49,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._running)
 
+    def prepare_next(self) -> bool:
+        return False
+
     def step(self) -> list[RequestOutput]:
         self._num_steps += 1
         audible = {key: running for key, running in self._running.items() if running.prompt_kind != IS_SILENT}
