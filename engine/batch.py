@@ -1,6 +1,6 @@
 """The records between scheduler, runner and engine: what one step computes and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.request import Request, TokenLogprobs
@@ -61,10 +61,3 @@ class StepTokens:
 
     token_ids: list[int]
     details: Mapping[int, SampledToken] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tokens: Sequence[SampledToken]) -> "StepTokens":
-        details = {
-            place: token for place, token in enumerate(tokens) if token.logprobs is not None or token.error is not None
-        }
-        return cls([token.token_id for token in tokens], details)

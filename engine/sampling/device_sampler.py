@@ -18,8 +18,7 @@ from engine.kernels import token_scores as fields
 from engine.kernels.choose_tokens import MAX_TOP, Choices, choice_workspace, choose_tokens
 from engine.kernels.token_scores import SEAT_FIELDS, seat_tensors
 from engine.request import MAX_LOGPROBS, Request, TokenLogprobs
-
-NOT_NUMBERS = "the model produced values that are not numbers (NaN or infinite logits)"
+from engine.sampling.greedy import NOT_NUMBERS
 
 assert MAX_TOP >= MAX_LOGPROBS
 

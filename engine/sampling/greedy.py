@@ -4,6 +4,9 @@ import torch
 
 from engine.request import Request
 
+# What the request of a row without a choice is told.
+NOT_NUMBERS = "the model produced values that are not numbers (NaN or infinite logits)"
+
 
 def greedy_choices(logits: torch.Tensor) -> torch.Tensor:
     """Of each row of logits [S, vocab_size]: whether it holds numbers only, and its first maximum. int64 [S, 2]."""

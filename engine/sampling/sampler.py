@@ -10,7 +10,7 @@ import torch
 
 from engine.batch import SampledToken
 from engine.request import Request, SamplingParams, TokenLogprobs
-from engine.sampling.greedy import greedy_choices, is_plain_greedy
+from engine.sampling.greedy import NOT_NUMBERS, greedy_choices, is_plain_greedy
 from engine.sampling.noise import gumbel_noise, gumbel_noise_of_vocabulary
 
 # The likeliest tokens that are looked at before a whole vocabulary is sorted: 0.5 ms against 4 ms for 49,152 on one
@@ -40,9 +40,7 @@ class Sampler:
         """
         rows = (greedy_choices(logits) if choices is None else choices).tolist()
         return [
-            self._sample_row(row, request, token_id)
-            if ok
-            else SampledToken(error="the model produced values that are not numbers (NaN or infinite logits)")
+            self._sample_row(row, request, token_id) if ok else SampledToken(error=NOT_NUMBERS)
             for row, request, (ok, token_id) in zip(logits, requests, rows, strict=True)
         ]
 
