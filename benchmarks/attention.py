@@ -166,7 +166,7 @@ def check_bits(shape: Shape, device: torch.device, int8: bool, requests: int, co
     expected = rows.attend(caches)[0]().clone()
     small = Rows(shape, rows.work, device, Variant(int8, False))
     small.q, small.block_tables, small.positions = rows.q, rows.block_tables, rows.positions
-    for count in (1, 2, 3, 8, 32, 64):
+    for count in (1, 2, 3, 8, 32, 64, requests):
         for start in range(0, requests - count + 1, max(count, requests // 4)):
             for batch in (rows, small):
                 if not torch.equal(batch.attend(caches, start, count)[0](), expected[start : start + count]):

@@ -104,11 +104,12 @@ def _worklist_kernel(
     num_splits = tl.where(request >= 0, (position + count - 1) // SPLIT_TOKENS + 1 - split_begin, 0)
 
     # Large tiles are spread over several programs only where they are too few to fill the device; small ones where one
-    # alone would take more than half of a program's share of all splits.
+    # alone would take more than half of a program's share of all splits, and has three of them: one program is done
+    # with two by the time that others have met (at 32 rows of TinyLlama's shape on an H100).
     num_large = tl.sum((first & large & (request >= 0)).to(tl.int32), axis=0)
     share = tl.sum(tl.where(first, num_splits, 0), axis=0) * KV_HEADS
     excess = tl.where(large, spread_below_tiles - num_large, 2 * num_splits * num_programs - share)
-    spread = first & (num_splits > 1) & (excess > 0)
+    spread = first & (num_splits > tl.where(large, 1, 2)) & (excess > 0)
     partials = tl.where(spread, count * num_splits, 0)
     partial = tl.cumsum(partials, 0) - partials
     spread = spread & (partial + partials <= max_partials)
@@ -179,6 +180,12 @@ class AttentionWorkspace:
     def num_programs(self) -> int:
         """Of the attention kernel, where there is work for so many."""
         return PROGRAMS_PER_PROCESSOR * self.num_processors
+
+    def num_warps(self, num_rows: int) -> int:
+        """Of a program, for a step of `num_rows` rows: a warp by itself where there is work for more than programs of
+        four, no chunk that would want larger tiles, and registers for a whole key tile."""
+        alone = self.at_once and not self.large_tiles and self.head_dim <= 64
+        return 1 if alone and num_rows * self.num_kv_heads > self.num_programs else 4
 
     @property
     def at_once(self) -> bool:

@@ -143,7 +143,9 @@ def flash_attention(
     large_m = workspace.large_m(num_rows)
     narrow = shape.block_dim * k_cache.element_size() <= 128
     most_items = num_rows * workspace.num_kv_heads * workspace.max_splits
-    attention_kernel[(min(workspace.num_programs, most_items),)](
+    warps = workspace.num_warps(num_rows)
+    programs = workspace.num_programs * (4 // warps)
+    attention_kernel[(min(programs, most_items),)](
         q,
         k_cache,
         v_cache,
@@ -166,10 +168,10 @@ def flash_attention(
         SMALL_M=workspace.small_m if workspace.at_once else 0,
         LARGE_M=large_m if workspace.at_once else workspace.small_m,
         VALUE_DTYPE=_TRITON_DTYPE[q.dtype if k_scales is None else torch.bfloat16],
-        TILES=4 if narrow else 2,
+        TILES=1 if warps == 1 else 4 if narrow else 2,
         SHAPE=shape,
         PDL=use_pdl,
-        num_warps=4,
+        num_warps=warps,
         num_stages=4 if narrow else 2,  # in turns: so many key tiles but one under way
         enable_fp_fusion=False,
         launch_pdl=use_pdl,

@@ -10,11 +10,12 @@ from engine.kernels.arithmetic import halvings, round_to
 from engine.kernels.configurations import Configuration, configuration_for, fitted
 from engine.kernels.int8_rows import Int8Rows
 from engine.kernels.matrix import Matrix
+from engine.kernels.prefetch import prefetch, shares
 from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, weight_pointer
 from engine.kernels.row_norm import NormedRows, sum_of_squares
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "share", "last"])
 def _product_residual(
     x_ptr,
     w_ptr,
@@ -25,7 +26,10 @@ def _product_residual(
     out_ptr,
     weighted_ptr,
     squares_ptr,
+    ahead_ptr,
     rows,
+    share,
+    last,
     OUT: tl.constexpr,
     TILE_HALVINGS: tl.constexpr,
     PART_STRIDE: tl.constexpr,
@@ -42,12 +46,15 @@ def _product_residual(
     STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     norm = tl.load(norm_ptr + m, mask=m < OUT, other=0.0)
+    if THREADS > 0:
+        prefetch(ahead_ptr, share, last, THREADS)
     first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     n = first_row + tl.arange(0, BLOCK_N)
     target = n[None, :] * OUT + m[:, None]
@@ -80,12 +87,14 @@ def product_residual(
     *,
     configuration: Configuration | None = None,
     pdl: bool = True,
+    ahead: torch.Tensor | None = None,
 ) -> NormedRows:
     """out = residual + x Wᵀ, the product rounded to the dtype, then the sum; and the same on its way into `norm`.
 
     x [N, K], matrix [M, K], residual, out and weighted [N, M], all contiguous and of one dtype; residual and out may be
     the same tensor. norm: float32 [M]. weighted, squares: where the returned rows' parts go.
     configuration: in place of the table's entry. pdl: False launches the kernel only when those before it are done.
+    ahead: a weight that the next product reads, to be fetched into the cache meanwhile.
     """
     values, row_scales = (x.values, x.scales) if isinstance(x, Int8Rows) else (x, squares)
     rows, outputs = values.shape[0], matrix.out_features
@@ -102,7 +111,10 @@ def product_residual(
     num_parts = triton.cdiv(outputs, options["BLOCK_M"])
     assert squares.shape[0] >= rows
     assert squares.shape[1] >= num_parts
-    _product_residual[(num_programs(configuration, rows, outputs),)](
+    programs = num_programs(configuration, rows, outputs)
+    fetches = ahead is not None and options["PDL"]
+    share, last = shares(ahead, programs, options["num_warps"]) if ahead is not None else (0, 0)
+    _product_residual[(programs,)](
         values,
         weight_pointer(matrix, configuration),
         squares if matrix.scales is None else matrix.scales,
@@ -112,10 +124,14 @@ def product_residual(
         out,
         weighted,
         squares,
+        squares if ahead is None else ahead,
         rows,
+        share,
+        last,
         OUT=outputs,
         TILE_HALVINGS=halvings(options["BLOCK_M"] // 16),
         PART_STRIDE=squares.stride(0),
+        THREADS=32 * options["num_warps"] if fetches else 0,
         **options,
     )
     return NormedRows(weighted, squares, num_parts, eps)

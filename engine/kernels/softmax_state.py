@@ -101,6 +101,12 @@ def merge_states(maximum, total, weighted, next_maximum, next_total, next_weight
 
 
 @triton.jit
+def only(stack):
+    """The [X, N] of [1, N, X]."""
+    return tl.trans(tl.reshape(stack, [stack.shape[1], stack.shape[2]]))
+
+
+@triton.jit
 def halves(stack):
     """The two [X, N] of [2, N, X]; each thread holds both of an element."""
     return tl.split(tl.permute(stack, [2, 1, 0]))
@@ -117,9 +123,12 @@ def quarters(stack):
 
 @triton.jit
 def merge_stack(maximum, total, weighted, maxima, totals, stack):
-    """`merge_states` with T = 2 or 4 states in ascending order: maxima and totals [T, M, 1], stack [T, M, D]; the state
-    is transposed."""
-    if stack.shape[0] == 2:
+    """`merge_states` with T = 1, 2 or 4 states in ascending order: maxima and totals [T, M, 1], stack [T, M, D]; the
+    state is transposed."""
+    if stack.shape[0] == 1:
+        a, b, c = only(maxima), only(totals), only(stack)
+        maximum, total, weighted = merge_states(maximum, total, weighted, a, b, c)
+    elif stack.shape[0] == 2:
         a0, a1 = halves(maxima)
         b0, b1 = halves(totals)
         c0, c1 = halves(stack)

@@ -14,6 +14,7 @@ from engine.kernels.matrix import Matrix, pack
 from engine.kernels.norm_gate_up_silu import gate_up_row_order, norm_gate_up_silu
 from engine.kernels.norm_logits import norm_logits
 from engine.kernels.norm_qkv_rope import QKVWeights, norm_qkv_rope, qkv_row_order
+from engine.kernels.prefetch import upcoming
 from engine.kernels.product_residual import product_residual
 from engine.kernels.row_norm import NormedRows, max_parts
 from engine.model.kv_cache import KVCache
@@ -176,13 +177,23 @@ class TritonDecoder:
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             self._attend(index, self._for(layer.qkv.weight, x), q, attended, step, kv_cache)
             into_o = self._rounded(attended.flatten(1)) if layer.o.rounds_inputs else attended.flatten(1)
-            x = product_residual(into_o, layer.o, hidden, layer.post_attention_norm, eps, hidden, weighted, squares)
+            ahead = upcoming("norm_gate_up_silu", rows, layer.gate_up)
+            x = product_residual(
+                into_o, layer.o, hidden, layer.post_attention_norm, eps, hidden, weighted, squares, ahead=ahead
+            )
             norm_gate_up_silu(self._for(layer.gate_up, x), layer.gate_up, activated)
             into_down = self._rounded(activated) if layer.down.rounds_inputs else activated
-            x = product_residual(into_down, layer.down, hidden, next_norm, eps, hidden, weighted, squares)
+            ahead = self._after(index, rows)
+            x = product_residual(into_down, layer.down, hidden, next_norm, eps, hidden, weighted, squares, ahead=ahead)
         logits = space.logits[:wanted]
         norm_logits(x, self._lm_head, logits, row_index=step.logit_rows)
         return logits
+
+    def _after(self, index: int, rows: int) -> torch.Tensor | None:
+        """What the product behind a layer reads, if it pays to fetch it early."""
+        if index + 1 < len(self._layers):
+            return upcoming("norm_qkv_rope", rows, self._layers[index + 1].qkv.weight)
+        return upcoming("norm_logits", rows, self._lm_head)
 
     def _attend(
         self,
