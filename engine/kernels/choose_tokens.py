@@ -96,17 +96,31 @@ def choice_workspace(max_rows: int, vocab_size: int, device: torch.device) -> Ch
 
 
 @dataclass(frozen=True)
+class HostTokens:
+    """Where the host finds the tokens of steps: those of the last one while those of the next are written.
+
+    tokens: int64 [2, max_rows, 2], in pinned memory. turn: int32 [1], on the device: which of the two halves this step
+    writes; see `step_inputs`.
+    """
+
+    tokens: torch.Tensor
+    turn: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Choices:
     """Where the outcome goes, for up to `max_rows` rows.
 
     tokens: int64 [max_rows, 2], whether the row holds numbers only (no NaN, no +inf, not -inf for all that may come)
     and the token id, 0 if not. logprob_ids: int32 and logprobs: float32 [max_rows, 1 + MAX_TOP], of rows that ask: the
-    chosen token's first, then as many of the likeliest as they ask for, likeliest first, ties by id.
+    chosen token's first, then as many of the likeliest as they ask for, likeliest first, ties by id. host: where the
+    tokens go as well; an event that is recorded behind the launch says when they are there.
     """
 
     tokens: torch.Tensor
     logprob_ids: torch.Tensor
     logprobs: torch.Tensor
+    host: HostTokens | None = None
 
 
 @triton.jit
@@ -190,10 +204,10 @@ def _store_logprobs(
         remaining = tl.where(remaining == top, LOWEST, remaining)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rows"])
 def _choose(
     logits, seats, positions, parameters, token_states, biases, chunks, tops, block_maxima, blocks, shortlist,
-    tokens_out, ids_out, logprobs_out,
+    tokens_out, ids_out, logprobs_out, host_tokens, turn, max_rows,
     V: tl.constexpr, NUM_CHUNKS: tl.constexpr, PADDED_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     SHORTLIST: tl.constexpr, PADDED_BLOCKS: tl.constexpr, ID_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -234,8 +248,12 @@ def _choose(
                 V, row_blocks, PADDED_BLOCKS, ID_BITS,
             )  # fmt: skip
     token = tl.where(finite, id_of(best, ID_BITS), 0)
-    tl.store(tokens_out + row * 2, finite.to(tl.int64))
-    tl.store(tokens_out + row * 2 + 1, token.to(tl.int64))
+    column = tl.arange(0, 2)
+    outcome = tl.where(column == 0, finite.to(tl.int64), token.to(tl.int64))
+    tl.store(tokens_out + row * 2 + column, outcome)
+    if host_tokens is not None:
+        half = tl.load(turn, cache_modifier=".cg").to(tl.int64)
+        tl.store(host_tokens + (half * max_rows + row) * 2 + column, outcome)
     if finite & ((flags & COUNTED) != 0):
         tl.debug_barrier()  # every thread has read the states
         state = tl.load(token_states + token, cache_modifier=".cg")
@@ -275,6 +293,14 @@ def choose_tokens(
     assert workspace.chunks.shape[1] == num_chunks
     assert all(t.shape[0] >= num_rows for t in (out.tokens, out.logprob_ids, out.logprobs))
     assert all(t.is_contiguous() for t in (logits, seats, positions, out.tokens, out.logprob_ids, out.logprobs))
+    host = out.host
+    if host is not None:
+        assert host.tokens.dtype == torch.int64
+        assert host.tokens.shape[0] == host.tokens.shape[2] == 2
+        assert host.tokens.shape[1] >= num_rows
+        assert host.tokens.is_contiguous()
+        assert host.turn.dtype == torch.int32
+        assert host.turn.shape == (1,)
     use_pdl = pdl and supports_pdl(logits.device)
     seat_state = (tensors.parameters, tensors.token_states, tensors.biases)
     options = {
@@ -296,6 +322,7 @@ def choose_tokens(
         logits, seats, positions, *seat_state,
         workspace.chunks, workspace.tops, workspace.block_maxima, workspace.blocks, workspace.shortlist,
         out.tokens, out.logprob_ids, out.logprobs,
+        *(None, None, 0) if host is None else (host.tokens, host.turn, host.tokens.shape[1]),
         PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
         SHORTLIST=SHORTLIST,
         PADDED_BLOCKS=triton.next_power_of_2(num_chunks * CHUNK // BLOCK),

@@ -10,12 +10,12 @@ import triton.language as tl
 
 from engine.kernels.attention_plan import NULL_SLOT
 
-BLOCK = 512  # rows that are handled side by side
+BLOCK = 512  # rows that are handled side by side, one a thread: a warp reads 128 bytes of the host's at once
 
 
 @dataclass(frozen=True)
 class StagedLayout:
-    """Where the columns of a step lie in one int32 buffer, so that they travel in one copy.
+    """Where the columns of a step lie in one int32 buffer.
 
     Four columns of `num_rows` rows: token id; source, the place of the token among the choices of the step before,
     -1 where the token id counts; seat, the request's row of the block tables, -1 for a row of nobody; position.
@@ -77,9 +77,10 @@ class StepInputs:
         )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_logit_rows", "num_updates", "max_blocks"])
+@triton.jit(do_not_specialize=["half_size", "num_rows", "num_logit_rows", "num_updates", "max_blocks"])
 def _step_inputs(
     staged,
+    turn,
     choices,
     block_tables,
     token_ids,
@@ -89,6 +90,7 @@ def _step_inputs(
     logit_rows,
     logit_seats,
     logit_positions,
+    half_size,
     num_rows,
     num_logit_rows,
     num_updates,
@@ -98,44 +100,56 @@ def _step_inputs(
     BLOCK: tl.constexpr,
 ):
     lane = tl.arange(0, BLOCK)
+    parity = 1 - tl.load(turn, volatile=True)
+    staged += parity * half_size
     staged_logit_rows = staged + 4 * num_rows
     places = staged_logit_rows + num_logit_rows
-    for first in range(0, num_updates, BLOCK):
-        index = first + lane
-        inside = index < num_updates
-        place = tl.load(places + index, mask=inside, other=-1, cache_modifier=".cg")
-        block = tl.load(places + num_updates + index, mask=inside, other=0, cache_modifier=".cg")
+    # All that the host has written of some rows is asked for at once: each answer takes more than a microsecond. Never
+    # out of a cache, since the host writes the same memory anew every other step; Triton drops cache_modifier=".cv".
+    for first in range(0, tl.maximum(tl.maximum(num_rows, num_logit_rows), num_updates), BLOCK):
+        row = first + lane
+        inside = row < num_rows
+        wanted = row < num_logit_rows
+        updated = row < num_updates
+        token_id = tl.load(staged + row, mask=inside, other=0, volatile=True).to(tl.int64)
+        source = tl.load(staged + num_rows + row, mask=inside, other=-1, volatile=True)
+        seat = tl.load(staged + 2 * num_rows + row, mask=inside, other=-1, volatile=True)
+        position = tl.load(staged + 3 * num_rows + row, mask=inside, other=0, volatile=True).to(tl.int64)
+        logit_row = tl.load(staged_logit_rows + row, mask=wanted, other=-1, volatile=True)
+        place = tl.load(places + row, mask=updated, other=-1, volatile=True)
+        block = tl.load(places + num_updates + row, mask=updated, other=0, volatile=True)
+        chosen = tl.load(choices + 2 * source + 1, mask=source >= 0, other=0, cache_modifier=".cg")
         tl.store(block_tables + place, block, mask=place >= 0)
-    # The one program of this kernel has written the tables before any of its threads reads a block out of them.
+        tl.store(token_ids + row, tl.where(source >= 0, chosen, token_id), mask=inside)
+        tl.store(positions + row, position, mask=inside)
+        tl.store(row_seats + row, seat, mask=inside)
+        tl.store(logit_seats + row, logit_row, mask=wanted)  # until the seat is known
+    # The one program of this kernel has written the tables and the columns before any of its threads reads them.
     tl.debug_barrier()
+    tl.store(turn, parity)
     for first in range(0, num_rows, BLOCK):
         row = first + lane
         inside = row < num_rows
-        token_id = tl.load(staged + row, mask=inside, other=0, cache_modifier=".cg").to(tl.int64)
-        source = tl.load(staged + num_rows + row, mask=inside, other=-1, cache_modifier=".cg")
-        seat = tl.load(staged + 2 * num_rows + row, mask=inside, other=-1, cache_modifier=".cg")
-        position = tl.load(staged + 3 * num_rows + row, mask=inside, other=0, cache_modifier=".cg")
-        chosen = tl.load(choices + 2 * source + 1, mask=source >= 0, other=0, cache_modifier=".cg")
+        seat = tl.load(row_seats + row, mask=inside, other=-1, cache_modifier=".cg")
+        position = tl.load(positions + row, mask=inside, other=0, cache_modifier=".cg")
         place = seat * max_blocks + position // BLOCK_SIZE
         block = tl.load(block_tables + place, mask=seat >= 0, other=0, cache_modifier=".cg").to(tl.int64)
         slot = tl.where(seat >= 0, block * BLOCK_SIZE + position % BLOCK_SIZE, NULL_SLOT)
-        tl.store(token_ids + row, tl.where(source >= 0, chosen, token_id), mask=inside)
-        tl.store(positions + row, position.to(tl.int64), mask=inside)
         tl.store(slot_mapping + row, slot, mask=inside)
-        tl.store(row_seats + row, seat, mask=inside)
     for first in range(0, num_logit_rows, BLOCK):
         index = first + lane
         inside = index < num_logit_rows
-        row = tl.load(staged_logit_rows + index, mask=inside, other=-1, cache_modifier=".cg")
-        seat = tl.load(staged + 2 * num_rows + row, mask=row >= 0, other=-1, cache_modifier=".cg")
-        position = tl.load(staged + 3 * num_rows + row, mask=row >= 0, other=0, cache_modifier=".cg")
+        row = tl.load(logit_seats + index, mask=inside, other=-1, cache_modifier=".cg")
+        seat = tl.load(row_seats + row, mask=row >= 0, other=-1, cache_modifier=".cg")
+        position = tl.load(positions + row, mask=row >= 0, other=0, cache_modifier=".cg")
         tl.store(logit_rows + index, tl.maximum(row, 0).to(tl.int64), mask=inside)
         tl.store(logit_seats + index, seat, mask=inside)
-        tl.store(logit_positions + index, position.to(tl.int64), mask=inside)
+        tl.store(logit_positions + index, position, mask=inside)
 
 
 def step_inputs(
     staged: torch.Tensor,
+    turn: torch.Tensor,
     layout: StagedLayout,
     choices: torch.Tensor,
     block_tables: torch.Tensor,
@@ -144,14 +158,22 @@ def step_inputs(
 ) -> None:
     """Bring the block tables up to date, then fill `out`. Does not wait for the device.
 
-    staged: int32 [layout.size]. choices: int64 [S, 2], of the step before; the token ids are in the second column.
+    staged: int32 [2, layout.size or more], in the host's pinned memory or on the device: this step in one half, in the
+    other the one before or after it. turn: int32 [1], on the device: which half the step before was in; this one takes
+    the other, and says so there. The device goes by that and not by what it finds in the halves, because the host may
+    have staged the next step, or be at it, by the time that this one runs. A half may be written anew when the step
+    that it held is done; a step that was not launched for certain, or launched twice, leaves `turn` to be set by hand.
+    choices: int64 [S, 2], of the step before; the token ids are in the second column.
     block_tables: int32 [seats, max_blocks], written where `staged` says so; no place may be named twice.
 
     One program does it all, so that its own barrier orders the writes to the tables before the reads. It is launched
-    when all that was there before it is done: the choices that it reads are the end of the step before.
+    when all that was there before it is done: the choices that it reads are the end of the step before, whose kernels
+    have also read `turn` by then.
     """
-    assert staged.shape == (layout.size,)
-    assert staged.dtype == block_tables.dtype == torch.int32
+    assert staged.shape[0] == 2
+    assert staged.shape[1] >= layout.size
+    assert turn.shape == (1,)
+    assert staged.dtype == turn.dtype == block_tables.dtype == torch.int32
     assert choices.dtype == torch.int64
     assert choices.shape[1] == 2
     assert out.token_ids.shape == (layout.num_rows,)
@@ -159,6 +181,7 @@ def step_inputs(
     assert all(tensor.is_contiguous() for tensor in (staged, choices, block_tables))
     _step_inputs[(1,)](
         staged,
+        turn,
         choices,
         block_tables,
         out.token_ids,
@@ -168,6 +191,7 @@ def step_inputs(
         out.logit_rows,
         out.logit_seats,
         out.logit_positions,
+        staged.shape[1],
         layout.num_rows,
         layout.num_logit_rows,
         layout.num_updates,
@@ -175,5 +199,5 @@ def step_inputs(
         BLOCK_SIZE=block_size,
         NULL_SLOT=NULL_SLOT,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=BLOCK // 32,
     )

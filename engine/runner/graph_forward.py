@@ -24,7 +24,7 @@ _is_pending = attrgetter("num_pending_tokens")
 
 @dataclass(frozen=True)
 class _Launched:
-    """A forward.StepLogits under way: `arrived` is recorded behind the copy of its choices to the host."""
+    """A forward.StepLogits under way: `arrived` is recorded behind it, when its choices are on the host."""
 
     decoder: TritonDecoder
     sampler: DeviceSampler
@@ -52,6 +52,10 @@ class GraphForward:
     One step may be launched while the one before it runs: its pending tokens come from that one's choices, which stay
     on the device. A bucket that is used before `warm_up` or `prepare_next` got to it compiles its kernels at its first
     step, and is captured at the second. Under Triton's interpreter (device cpu) the same calls run without graphs.
+
+    Steps take turns with two halves of the memory that host and device share. The device changes over by itself, once
+    for each step that it runs (see `step_inputs`); the host counts those that it has launched. Wherever one of the two
+    may have missed one, `_recover` sets the device right.
     """
 
     feeds_back = True
@@ -81,38 +85,42 @@ class GraphForward:
         return self.decoder.dtype
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> _Launched:
-        parity = self._num_steps % 2
+        parity = self._next_parity()
+        arrived = self._arrived[parity]
         try:
             bucket, num_choices = self._stage(chunks, parity)
-            self._start(bucket, parity)
+            self._start(bucket)
+            logprobs = self._sampler.fetch_logprobs(num_choices, parity) if self._wants_logprobs else None
+            if arrived is not None:
+                arrived.record()
+            self._num_steps += 1
         except BaseException:
-            # What has reached the device of this step is not known.
-            self._block_tables.forget()
-            self._sampler.forget()
-            self._decoding = []
+            self._recover()
             raise
-        self._num_steps += 1
-        bucket.host_choices[parity].copy_(bucket.choices, non_blocking=True)  # contiguous, or torch would wait
-        logprobs = self._sampler.fetch_logprobs(num_choices, parity) if self._wants_logprobs else None
-        arrived = self._arrived[parity]
-        if arrived is not None:
-            arrived.record()
-        return _Launched(self.decoder, self._sampler, num_choices, bucket.host_arrays[parity], logprobs, arrived)
+        host_choices = self._buckets.host_choices[parity]
+        return _Launched(self.decoder, self._sampler, num_choices, host_choices, logprobs, arrived)
 
     @torch.inference_mode()
     def score(self, chunk: ScheduledChunk) -> torch.Tensor:
-        parity, num_rows = self._num_steps % 2, chunk.num_scheduled_tokens
-        bucket = self._buckets.holding(num_rows, num_rows)
-        lists, seats = ChunkLists.of([chunk], {}), np.array(self._block_tables.seats([chunk]), np.int32)
-        staging = bucket.staging[parity]
-        staging.write(lists, seats)
-        num_needed = -(-np.array(lists.stops, np.int32) // self.kv_cache.block_size)
-        self._block_tables.write_updates([chunk], seats, num_needed, staging.updates, parity)
-        bucket.staged.copy_(staging.tensor, non_blocking=True)
-        self._num_steps += 1
-        self._decoding, self._choice_of = [], {}
-        step = replace(self._make_input(bucket), logit_rows=torch.arange(num_rows, device=self.decoder.device))
-        return self.decoder.forward(step, self.kv_cache)
+        parity, num_rows = self._next_parity(), chunk.num_scheduled_tokens
+        arrived = self._arrived[parity]
+        try:
+            bucket = self._buckets.holding(num_rows, num_rows)
+            lists, seats = ChunkLists.of([chunk], {}), np.array(self._block_tables.seats([chunk]), np.int32)
+            staging = bucket.staging[parity]
+            staging.write(lists, seats)
+            num_needed = -(-np.array(lists.stops, np.int32) // self.kv_cache.block_size)
+            self._block_tables.write_updates([chunk], seats, num_needed, staging.updates, parity)
+            self._decoding, self._choice_of = [], {}
+            step = replace(self._make_input(bucket), logit_rows=torch.arange(num_rows, device=self.decoder.device))
+            logits = self.decoder.forward(step, self.kv_cache)
+            if arrived is not None:
+                arrived.record()
+            self._num_steps += 1
+        except BaseException:
+            self._recover()
+            raise
+        return logits
 
     def chooses(self, request: Request) -> bool:
         return self._sampler.supports(request)
@@ -130,6 +138,23 @@ class GraphForward:
         if unprepared:
             self._prepare(unprepared[0])
         return len(unprepared) > 1
+
+    def _next_parity(self) -> int:
+        """Of the step to be staged. Waits for the step before the last, whose half of the memory is written anew."""
+        parity = self._num_steps % 2
+        arrived = self._arrived[parity]
+        if arrived is not None:
+            arrived.synchronize()  # at once, where that step has been read
+        return parity
+
+    def _recover(self) -> None:
+        """After a step of which it is not known what has reached the device: start from nothing, in step with it."""
+        self._block_tables.forget()
+        self._sampler.forget()
+        self._decoding = []
+        if self._on_gpu:
+            torch.cuda.synchronize()  # the failed step may be about to read the half that is staged next
+        self._buckets.turn.fill_(1 - self._num_steps % 2)
 
     def _stage(self, chunks: Sequence[ScheduledChunk], parity: int) -> tuple[Bucket, int]:
         """Write the step down on the host. Returns the bucket, and how many of its choices are wanted.
@@ -161,9 +186,8 @@ class GraphForward:
         tables.write_updates(chunks, seats, num_needed, staging.updates, parity)
         return bucket, num_choices
 
-    def _start(self, bucket: Bucket, parity: int) -> None:
-        """Send what is staged, behind whatever runs on the device, and start the step there."""
-        bucket.staged.copy_(bucket.staging[parity].tensor, non_blocking=True)
+    def _start(self, bucket: Bucket) -> None:
+        """Start the step that is staged, behind whatever runs on the device."""
         if bucket.graph is None and bucket.has_run and self._on_gpu:
             bucket.graph = self._capture(bucket)
         if bucket.graph is not None:
@@ -174,22 +198,24 @@ class GraphForward:
 
     @torch.inference_mode()
     def _run(self, bucket: Bucket) -> None:
-        """The whole step on the device, from what is staged there to its choices."""
+        """The whole step on the device, from what is staged to its choices."""
         inputs = bucket.inputs
         logits = self.decoder.forward(self._make_input(bucket), self.kv_cache)
-        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices)
+        host_tokens = self._buckets.host_tokens
+        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices, host_tokens)
 
     def _make_input(self, bucket: Bucket) -> TritonInput:
-        """Start turning what is staged on the device into the decoder's input."""
-        inputs, tables = bucket.inputs, self._block_tables.device_tables
-        last_choices = self._buckets.last_choices
-        step_inputs(bucket.staged, bucket.layout, last_choices, tables, self.kv_cache.block_size, inputs)
+        """Start turning what is staged into the decoder's input."""
+        inputs, tables, shared = bucket.inputs, self._block_tables.device_tables, self._buckets
+        step_inputs(
+            shared.staged, shared.turn, bucket.layout, shared.last_choices, tables, self.kv_cache.block_size, inputs
+        )
         return TritonInput(
             inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.seats, tables, inputs.logit_rows
         )
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        """Record the step, which computes nothing. Its kernels are compiled."""
+        """Record the step, which computes nothing and takes no turn. Its kernels are compiled."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self._graph_memory):
@@ -198,9 +224,13 @@ class GraphForward:
 
     def _prepare(self, bucket: Bucket) -> None:
         """Compile and capture a bucket with steps of nobody. The last step's choices are lost: none may be pending."""
-        parity = self._num_steps % 2
         torch.cuda.synchronize()
-        bucket.staging[parity].write_nobody()
-        while bucket.graph is None:
-            self._start(bucket, parity)
-        torch.cuda.synchronize()
+        try:
+            while bucket.graph is None:
+                bucket.staging[self._num_steps % 2].write_nobody()
+                self._start(bucket)
+                torch.cuda.synchronize()
+                self._num_steps += 1
+        except BaseException:
+            self._recover()
+            raise

@@ -55,13 +55,12 @@ class ChunkLists:
 
 
 class StagedStep:
-    """Columns over one of the two buffers in which steps are staged in turn; see StagedLayout for what they mean."""
+    """Columns over one of the two halves in which steps are staged in turn; see StagedLayout for what they mean."""
 
     def __init__(self, layout: StagedLayout, buffer: torch.Tensor) -> None:
         """buffer: int32 [layout.size or more], in pinned memory."""
         num_rows, updates = layout.num_rows, layout.size - 2 * layout.num_updates
-        self.tensor = buffer[: layout.size]
-        flat: Int32s = self.tensor.numpy()
+        flat: Int32s = buffer[: layout.size].numpy()
         self._all_but_updates: Int32s = flat[:updates]
         self._rows: Int32s = flat[: 4 * num_rows].reshape(4, num_rows)
         self._token_ids, self._sources, self.seats, self.positions = self._rows

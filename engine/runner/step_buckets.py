@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.kernels.choose_tokens import HostTokens
 from engine.kernels.step_inputs import StagedLayout, StepInputs
 from engine.runner.staged_step import StagedStep
 
@@ -27,18 +28,14 @@ def row_buckets(token_budget: int) -> tuple[int, ...]:
 class Bucket:
     """Where the inputs of a step of some shape lie, and the graph that reads them there.
 
-    staging: on the host, twice, since the device may still be reading the last step's; staged: the same on the device,
-    once. inputs: what the step's first kernel makes of it. choices: int64 [S, 2], what comes out; host_choices: where
-    they are copied in turn, and host_arrays the same memory.
+    staging: on the host, for steps in turn. inputs: what the step's first kernel makes of it. choices: int64 [S, 2],
+    what comes out.
     """
 
     layout: StagedLayout
     staging: tuple[StagedStep, StagedStep]
-    staged: torch.Tensor
     inputs: StepInputs
     choices: torch.Tensor
-    host_choices: tuple[torch.Tensor, torch.Tensor]
-    host_arrays: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
     graph: torch.cuda.CUDAGraph | None = None
     has_run: bool = False
 
@@ -47,7 +44,12 @@ class StepBuckets:
     """Buckets by number of rows and of logit rows: few, for prefills, or as many as there may be.
 
     All of them share their memory, which is as large as the largest of them needs it, since steps follow each other
-    in one stream.
+    in one stream. What the host writes or reads is pinned and there twice, for steps in turn, because the host is at
+    one step while the device is at another. The device works on it where it is: a copy would take longer than all that
+    a small step reads or writes.
+
+    staged: int32 [2, size], with the columns of `staging`. host_tokens: the outcome of the last two steps, which
+    host_choices shows as arrays. turn: int32 [1], on the device, which half the last step there was in.
     """
 
     def __init__(self, token_budget: int, max_logit_rows: int, device: torch.device) -> None:
@@ -55,10 +57,13 @@ class StepBuckets:
         self.max_logit_rows = max_logit_rows
         self.last_choices = torch.zeros((max_logit_rows, 2), dtype=torch.int64, device=device)
         on_gpu = device.type == "cuda"
-        self._host_choices = [torch.zeros((max_logit_rows, 2), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         largest = _layout(self.sizes[-1], max_logit_rows)
-        self._staging = [torch.zeros(largest.size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._staged = torch.zeros(largest.size, dtype=torch.int32, device=device)
+        self.staged = torch.zeros((2, largest.size), dtype=torch.int32, pin_memory=on_gpu)
+        self.turn = torch.ones(1, dtype=torch.int32, device=device)  # the first step takes half 0
+        self.host_tokens = HostTokens(
+            torch.zeros((2, max_logit_rows, 2), dtype=torch.int64, pin_memory=on_gpu), self.turn
+        )
+        self.host_choices: npt.NDArray[np.int64] = self.host_tokens.tokens.numpy()
         self._inputs = StepInputs.empty(largest.num_rows, largest.num_logit_rows, device)
         self._made: dict[tuple[int, int], Bucket] = {}
 
@@ -89,16 +94,12 @@ class StepBuckets:
 
     def _make(self, num_rows: int, num_logit_rows: int) -> Bucket:
         layout = _layout(num_rows, num_logit_rows)
-        first, second = (StagedStep(layout, buffer) for buffer in self._staging)
-        one, other = (host[:num_logit_rows] for host in self._host_choices)
+        first, second = (StagedStep(layout, half) for half in self.staged)
         bucket = self._made[num_rows, num_logit_rows] = Bucket(
             layout=layout,
             staging=(first, second),
-            staged=self._staged[: layout.size],
             inputs=self._inputs.first(num_rows, num_logit_rows),
             choices=self.last_choices[:num_logit_rows],
-            host_choices=(one, other),
-            host_arrays=(one.numpy(), other.numpy()),
         )
         return bucket
 

@@ -15,7 +15,7 @@ import torch
 
 from engine.batch import SampledToken
 from engine.kernels import token_scores as fields
-from engine.kernels.choose_tokens import MAX_TOP, Choices, choice_workspace, choose_tokens
+from engine.kernels.choose_tokens import MAX_TOP, Choices, HostTokens, choice_workspace, choose_tokens
 from engine.kernels.token_scores import SEAT_FIELDS, seat_tensors
 from engine.request import MAX_LOGPROBS, Request, TokenLogprobs
 from engine.sampling.greedy import NOT_NUMBERS
@@ -85,13 +85,20 @@ class DeviceSampler:
         """Write every seat anew: a step that failed may have counted tokens that nobody will see."""
         self._requests = [None] * len(self._requests)
 
-    def choose(self, logits: torch.Tensor, seats: torch.Tensor, positions: torch.Tensor, choices: torch.Tensor) -> None:
+    def choose(
+        self,
+        logits: torch.Tensor,
+        seats: torch.Tensor,
+        positions: torch.Tensor,
+        choices: torch.Tensor,
+        host: HostTokens | None = None,
+    ) -> None:
         """Choose each row's next token; may run inside a CUDA graph. Does not wait for the device.
 
         logits: float32 [S, vocab_size]. seats: int32 [S], negative for rows of nobody. positions: int64 [S], of each
-        row's own token. choices: int64 [S, 2], filled as by `greedy_choices`.
+        row's own token. choices: int64 [S, 2], filled as by `greedy_choices`; `host` too.
         """
-        out = Choices(choices, self._logprob_ids, self._logprobs)
+        out = Choices(choices, self._logprob_ids, self._logprobs, host)
         choose_tokens(logits, seats, positions, self._tensors, self._workspace, out)
 
     def fetch_logprobs(self, num_rows: int, parity: int) -> RowLogprobs:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.kernels import token_scores as fields
-from engine.kernels.choose_tokens import MAX_TOP, Choices, choice_workspace, choose_tokens
+from engine.kernels.choose_tokens import MAX_TOP, Choices, HostTokens, choice_workspace, choose_tokens
 from engine.kernels.token_scores import SeatTensors, seat_tensors
 from engine.sampling.noise import gumbel_noise
 from engine.sampling.sampler import filter_tokens, token_logprobs
@@ -86,16 +86,22 @@ def twin(row: torch.Tensor, seat: Seat, position: int) -> tuple[bool, int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of S rows, on the CPU: choices int64 [S, 2], logprob ids and values [S, 1 + MAX_TOP], and the token states."""
+    """Of S rows, on the CPU: choices int64 [S, 2], logprob ids and values [S, 1 + MAX_TOP], and the token states.
+
+    host_choices: int64 [2, S + 1, 2], the memory in which the host finds the choices, -1 where nobody wrote.
+    """
 
     choices: torch.Tensor
+    host_choices: torch.Tensor
     logprob_ids: torch.Tensor
     logprobs: torch.Tensor
     token_states: torch.Tensor
 
 
-def run(logits: torch.Tensor, seats: list[Seat | None], positions: list[int], device: str) -> Outcome:
-    """The kernels on some rows, each in a seat of its own; None for a row of nobody."""
+def run(
+    logits: torch.Tensor, seats: list[Seat | None], positions: list[int], device: str, half: int | None = None
+) -> Outcome:
+    """The kernels on some rows, each in a seat of its own; None for a row of nobody. half: of the host's choices."""
     num_rows, vocab_size = logits.shape
     on = torch.device(device)
     tensors, workspace = seat_tensors(num_rows, vocab_size, on), choice_workspace(num_rows, vocab_size, on)
@@ -105,10 +111,13 @@ def run(logits: torch.Tensor, seats: list[Seat | None], positions: list[int], de
             seat.write(tensors, order[row])
     places = [-1 if seat is None else order[row] for row, seat in enumerate(seats)]
     shape = (num_rows, 1 + MAX_TOP)
+    host_choices = torch.full((2, num_rows + 1, 2), -1, dtype=torch.int64, pin_memory=on.type == "cuda")
+    host = None if half is None else HostTokens(host_choices, torch.tensor([half], dtype=torch.int32, device=on))
     out = Choices(
         torch.full((num_rows, 2), -1, dtype=torch.int64, device=on),
         torch.full(shape, -1, dtype=torch.int32, device=on),
         torch.full(shape, float("nan"), device=on),
+        host,
     )
     choose_tokens(
         logits.to(on),
@@ -119,7 +128,7 @@ def run(logits: torch.Tensor, seats: list[Seat | None], positions: list[int], de
         out,
     )
     states = tensors.token_states[order]
-    return Outcome(out.tokens.cpu(), out.logprob_ids.cpu(), out.logprobs.cpu(), states.cpu())
+    return Outcome(out.tokens.cpu(), host_choices, out.logprob_ids.cpu(), out.logprobs.cpu(), states.cpu())
 
 
 class Draw:

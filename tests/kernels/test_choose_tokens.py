@@ -97,6 +97,19 @@ def test_a_row_is_its_own(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_host_is_told_in_the_half_whose_turn_it_is(device: str, half: int) -> None:
+    draw = Draw(9, 320)
+    logits = torch.stack([draw.row() for _ in range(5)])
+    logits[3, 7] = NAN
+    outcome = run(logits, [draw.seat() for _ in range(5)], [4] * 5, device, half)
+    assert torch.equal(outcome.host_choices[half, :5], outcome.choices)
+    assert outcome.choices[:, 0].tolist() == [1, 1, 1, 0, 1]
+    assert (outcome.host_choices[half, 5] == -1).all()
+    assert (outcome.host_choices[1 - half] == -1).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seat", [None, Seat(), Seat(0.7, seed=3), Seat(0.7, top_p=0.9, num_logprobs=2, seed=3)])
 def test_poison_is_found_anywhere(device: str, seat: Seat | None) -> None:
     def poison(row: torch.Tensor, place: int, value: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.kernels.attention_plan import NULL_SLOT
+from engine.kernels.pdl import INTERPRETED
 from engine.kernels.step_inputs import BLOCK, StagedLayout, StepInputs, step_inputs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,12 +34,13 @@ def reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parity", [0, 1])
 @pytest.mark.parametrize(
     ("num_rows", "num_real", "num_logit_rows", "num_updates"),
     [(1, 1, 1, 16), (1, 0, 1, 16), (16, 11, 7, 16), (BLOCK, BLOCK, 256, BLOCK), (2 * BLOCK, BLOCK + 9, 3, 2 * BLOCK)],
 )
 def test_equals_the_plain_formulation(
-    num_rows: int, num_real: int, num_logit_rows: int, num_updates: int, device: str
+    num_rows: int, num_real: int, num_logit_rows: int, num_updates: int, parity: int, device: str
 ) -> None:
     generator = torch.Generator().manual_seed(num_rows + num_real)
 
@@ -67,16 +69,52 @@ def test_equals_the_plain_formulation(
         draw(1, 1 << 27, num_updates),  # of a size whose slots need more than 32 bits
     ]
     layout = StagedLayout(num_rows, num_logit_rows, num_updates)
-    staged = torch.cat(columns).int().to(device)
+    step = torch.cat(columns).int()
+    # As long as a larger bucket needs it; the rest is of no concern, like the other half.
+    staged = torch.full((2, layout.size + 5), 1 << 20, dtype=torch.int32, pin_memory=device == "cuda")
+    staged[parity, : layout.size] = step
+    turn = torch.tensor([1 - parity], dtype=torch.int32, device=device)
     choices = torch.stack((draw(0, 2, 256), draw(1000, 200_000, 256)), dim=1).to(device)
     tables = torch.randint(1, 1 << 27, (num_seats, MAX_BLOCKS), generator=generator).int()
     expected_tables, actual_tables = tables.clone().to(device), tables.clone().to(device)
-    expected = reference(staged, layout, choices, expected_tables, BLOCK_SIZE)
+    expected = reference(step.to(device), layout, choices, expected_tables, BLOCK_SIZE)
     actual = StepInputs.empty(2 * num_rows, 2 * num_logit_rows, torch.device(device)).first(num_rows, num_logit_rows)
-    step_inputs(staged, layout, choices, actual_tables, BLOCK_SIZE, actual)
+    step_inputs(staged, turn, layout, choices, actual_tables, BLOCK_SIZE, actual)
+    assert turn.tolist() == [parity]
     assert torch.equal(actual_tables, expected_tables)
     if num_real:
         assert not torch.equal(actual_tables.cpu(), tables)
     for name, column in vars(expected).items():
         assert torch.equal(getattr(actual, name), column), name
         assert getattr(actual, name).dtype == column.dtype, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_replays_take_turns_and_read_the_host_anew() -> None:
+    """Out of one graph, with the next step staged before the last one has run; what was there earlier is not seen."""
+    device = torch.device("cuda")
+    layout = StagedLayout(8, 1, 16)
+    staged = torch.full((2, layout.size), -1, dtype=torch.int32, pin_memory=True)
+    staged[:, 24:32] = 0
+    turn = torch.ones(1, dtype=torch.int32, device=device)
+    tables = torch.zeros((8, 4), dtype=torch.int32, device=device)
+    choices = torch.zeros((8, 2), dtype=torch.int64, device=device)
+    out = StepInputs.empty(8, 1, device)
+    arguments = (staged, turn, layout, choices, tables, BLOCK_SIZE, out)
+    step_inputs(*arguments)  # compiles
+    turn.fill_(1)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step_inputs(*arguments)
+    seen = torch.zeros((200, 8), dtype=torch.int64, device=device)
+    done = [torch.cuda.Event() for _ in range(2)]
+    for step in range(200):
+        done[step % 2].synchronize()
+        staged[step % 2, :8] = torch.arange(8 * step, 8 * step + 8)
+        torch.cuda._sleep(100_000)
+        graph.replay()
+        seen[step].copy_(out.token_ids)
+        done[step % 2].record()
+    assert seen.flatten().tolist() == list(range(1600))

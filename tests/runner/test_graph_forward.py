@@ -5,7 +5,9 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
+from engine.batch import ScheduledChunk
 from engine.config import Device, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, SamplingParams
@@ -15,6 +17,7 @@ from engine.runner.start_up import Phase, Stage, StartUp
 from engine.runner.step_buckets import FEW_LOGIT_ROWS, StepBuckets
 from engine.sampling.device_sampler import DeviceSampler
 from tests.runner.hash_decoder import POISON, HashDecoder, expected_output, make_engine
+from tests.runner.late_device import LateDevice
 from tests.tiny_models import write_tiny_model
 
 
@@ -130,6 +133,80 @@ def test_failures_leave_nothing_wrong_behind() -> None:
     assert 0 < failed < len(made) - 10
 
 
+def test_a_late_device_keeps_in_step(monkeypatch: pytest.MonkeyPatch, num_followed: list[int]) -> None:
+    """Steps of all sizes, staged while the ones before them wait; captures, steps of nobody, launches that fail."""
+    engine, _ = make_engine(num_blocks=400, prefix_caching=False)
+    forward = engine._runner.forward
+    assert isinstance(forward, GraphForward)
+    device = LateDevice(forward, monkeypatch)
+    draw = random.Random(11)
+    made = make_requests(30)
+    waiting, num_prepared, failed = list(made), 0, 0
+    while waiting or engine.has_work:
+        while waiting and draw.random() < (0.1 if engine.has_work else 0.8):
+            engine.add(waiting.pop())
+        device.launch_failures_due = [draw.random() < 0.5] if draw.random() < 0.07 else []
+        if engine.has_work:
+            engine.step()
+        if not engine.has_work:
+            device.launch_failures_due = []
+            num_prepared += engine.prepare_next()
+    for request in made:
+        if request.finish_reason is FinishReason.ERROR:
+            failed += 1
+        else:
+            check([request])
+    assert 0 < failed < len(made) // 2
+    assert num_prepared > 1
+    assert num_followed
+    assert device.num_behind > 50
+
+
+@pytest.mark.parametrize("reaches_device", [True, False])
+def test_steps_of_nobody_that_fail(monkeypatch: pytest.MonkeyPatch, reaches_device: bool) -> None:
+    engine, _ = make_engine()
+    forward = engine._runner.forward
+    assert isinstance(forward, GraphForward)
+    device = LateDevice(forward, monkeypatch)
+    for number in range(3):
+        device.launch_failures_due = [reaches_device]
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.prepare_next()
+        check(engine.generate(make_requests(3, seed=number)))
+
+
+def test_steps_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in many chunks, as an evaluation launches them: staging waits for the step before the last."""
+    engine, decoder = make_engine()
+    forward = engine._runner.forward
+    assert isinstance(forward, GraphForward)
+    LateDevice(forward, monkeypatch)
+    request = Request("r", [*range(40)], SamplingParams(temperature=0.0))
+    request.block_table = [*range(1, 21)]
+    for start in range(0, 40, 4):
+        launched = forward.launch([ScheduledChunk(request, start, 4)])
+    assert launched.choices()[0].tolist() == [1, expected_output([*range(40)], 1)[0]]
+    assert decoder.num_calls == 10
+
+
+def test_scores_take_turns_with_steps() -> None:
+    engine, decoder = make_engine(prefix_caching=False)
+    forward = engine._runner.forward
+    assert isinstance(forward, GraphForward)
+    scored = Request("scored", [*range(30)], SamplingParams(temperature=0.0))
+    expected = [expected_output(scored.prompt_token_ids[:stop], 1)[0] for stop in range(1, 31)]
+    scored.block_table = [*range(1, 16)]
+    for number in range(6):
+        for start in range(0, 30, 10) if number % 2 else range(0, 20, 10):
+            logits = forward.score(ScheduledChunk(scored, start, 10))
+            assert logits.argmax(dim=1).tolist() == expected[start : start + 10]
+        if number >= 3:
+            decoder.num_failures_due = 1
+            with pytest.raises(torch.OutOfMemoryError):
+                forward.score(ScheduledChunk(scored, 0, 10))
+        check(engine.generate(make_requests(2, seed=number)))
+
+
 def test_rows_without_numbers_fail_alone() -> None:
     engine, _ = make_engine()
     good = make_requests(6)
@@ -180,7 +257,7 @@ def test_the_host_is_out_of_the_way() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=80)
     for index in range(256):
         engine.add(Request(str(index), [1] * (1 + index % 16), sampling))
-    forward._buckets.last_choices[:, 0] = 1
+    forward._buckets.host_choices[:, :, 0] = 1
     forward._run = lambda _bucket: None  # type: ignore[method-assign]
     for _ in range(5):
         engine.step()
