@@ -1,7 +1,7 @@
 """The decoder in Triton kernels: five a layer, launched one behind the other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +32,8 @@ class TritonInput:
 
     token_ids, positions, slot_mapping: int64 [N]. row_request: int32 [N], each row's row of the block tables; -1 for a
     row of nobody, which has token 0, position 0 and a slot of the null block. block_tables: int32 [requests, blocks].
-    logit_rows: int64 [S], the rows whose logits are wanted.
+    logit_rows: int64 [S], the rows whose logits are wanted. decodes: whether no request has more than one row, which
+    makes attention cheaper.
     """
 
     token_ids: torch.Tensor
@@ -41,6 +42,7 @@ class TritonInput:
     row_request: torch.Tensor
     block_tables: torch.Tensor
     logit_rows: torch.Tensor
+    decodes: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,14 @@ class TritonDecoder:
         eps = config.rms_norm_eps
         # What the kernels of the layers read before they wait (worklist, positions, slots) has to be there when the
         # first of them starts: so these two start only when all ahead of them is done.
-        build_worklist(space.attention, step.row_request, step.positions, pdl=False)
+        attention = replace(space.attention, large_tiles=False) if step.decodes else space.attention
+        build_worklist(attention, step.row_request, step.positions, pdl=False)
         x = embed_rows(
             step.token_ids, self._embedding, self._layers[0].input_norm, eps, hidden, weighted, squares, pdl=False
         )
         next_norms = [*(layer.input_norm for layer in self._layers[1:]), self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
-            self._attend(index, self._for(layer.qkv.weight, x), q, attended, step, kv_cache)
+            self._attend(index, self._for(layer.qkv.weight, x), q, attended, step, kv_cache, attention)
             into_o = self._rounded(attended.flatten(1)) if layer.o.rounds_inputs else attended.flatten(1)
             ahead = upcoming("norm_gate_up_silu", rows, layer.gate_up)
             x = product_residual(
@@ -203,6 +206,7 @@ class TritonDecoder:
         attended: torch.Tensor,
         step: TritonInput,
         kv_cache: KVCache,
+        attention: AttentionWorkspace,
     ) -> None:
         """Fill the layer's slots of the cache, then `attended` [N, H, D]."""
         space, layer, rows = self._space, self._layers[index], q.shape[0]
@@ -221,7 +225,7 @@ class TritonDecoder:
             keys,
             values,
             step.block_tables,
-            space.attention,
+            attention,
             self.config.head_dim**-0.5,
             out=attended,
             k_scales=key_scales,

@@ -105,7 +105,7 @@ class GraphForward:
         parity, num_rows = self._next_parity(), chunk.num_scheduled_tokens
         arrived = self._arrived[parity]
         try:
-            bucket = self._buckets.holding(num_rows, num_rows)
+            bucket = self._buckets.holding(num_rows, num_rows, decodes=False)
             lists, seats = ChunkLists.of([chunk], {}), np.array(self._block_tables.seats([chunk]), np.int32)
             staging = bucket.staging[parity]
             staging.write(lists, seats)
@@ -172,7 +172,8 @@ class GraphForward:
         else:
             lists = ChunkLists.of(chunks, self._choice_of)
             num_choices = len(lists.sampling)
-            bucket = self._last = self._buckets.holding(len(lists.token_ids), num_choices)
+            num_rows = len(lists.token_ids)
+            bucket = self._last = self._buckets.holding(num_rows, num_choices, decodes=num_rows == num_choices)
             staging = bucket.staging[parity]
             taken = tables.seats(chunks)
             for seat, request in zip(taken, requests, strict=True):
@@ -182,7 +183,7 @@ class GraphForward:
             num_needed = -(-np.array(lists.stops, np.int32) // block_size)
             self._choice_of = {request: place for place, request in enumerate(lists.sampling)}
             self._wants_logprobs = any(request.sampling.logprobs is not None for request in lists.sampling)
-            self._decoding = requests if len(lists.token_ids) == num_choices else []
+            self._decoding = requests if num_rows == num_choices else []
         tables.write_updates(chunks, seats, num_needed, staging.updates, parity)
         return bucket, num_choices
 
@@ -211,7 +212,13 @@ class GraphForward:
             shared.staged, shared.turn, bucket.layout, shared.last_choices, tables, self.kv_cache.block_size, inputs
         )
         return TritonInput(
-            inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.seats, tables, inputs.logit_rows
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.seats,
+            tables,
+            inputs.logit_rows,
+            bucket.decodes,
         )
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:

@@ -142,7 +142,7 @@ def later_bytes(model: ModelConfig, limits: SchedulerConfig) -> int:
     """What a GPU needs after the KV cache is there, at most: graphs, compiled kernels, choices made by the host."""
     from engine.runner.step_buckets import row_buckets  # beside Triton kernels
 
-    num_graphs = 2 * len(row_buckets(limits.token_budget))
+    num_graphs = 4 * len(row_buckets(limits.token_budget))  # see StepBuckets.all
     graphs = num_graphs * (model.num_layers + 1) * KERNELS_PER_LAYER * GRAPH_NODE_BYTES
     logits = min(limits.max_num_seqs, limits.token_budget) * model.vocab_size * torch.float32.itemsize
     return graphs + COMPILED_BYTES + HOST_CHOICE_COPIES * logits

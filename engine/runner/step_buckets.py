@@ -1,6 +1,7 @@
 """The shapes that steps are padded to, and the memory in which they are prepared."""
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.runner.staged_step import StagedStep
 
 FIRST_SIZES = (1, 8)  # then powers of two; up to 8 rows the kernels' tiles are the same, but for a single row
 FEW_LOGIT_ROWS = 16  # of a prompt's rows only the last one needs logits
+SOME_LOGIT_ROWS = 256  # beside many decoding requests: the head of a model costs as much as several layers
 MIN_UPDATES = 16  # of the block tables; also as many as rows, since no row needs more than one new block
 
 
@@ -28,11 +30,12 @@ def row_buckets(token_budget: int) -> tuple[int, ...]:
 class Bucket:
     """Where the inputs of a step of some shape lie, and the graph that reads them there.
 
-    staging: on the host, for steps in turn. inputs: what the step's first kernel makes of it. choices: int64 [S, 2],
-    what comes out.
+    decodes: whether each row is a request's only one, and has its logits wanted. staging: on the host, for steps in
+    turn. inputs: what the step's first kernel makes of it. choices: int64 [S, 2], what comes out.
     """
 
     layout: StagedLayout
+    decodes: bool
     staging: tuple[StagedStep, StagedStep]
     inputs: StepInputs
     choices: torch.Tensor
@@ -41,7 +44,8 @@ class Bucket:
 
 
 class StepBuckets:
-    """Buckets by number of rows and of logit rows: few, for prefills, or as many as there may be.
+    """Buckets by number of rows, for decoding alone; and for chunks of prompts by number of logit rows as well: few,
+    some, or as many as there may be. Up to FEW_LOGIT_ROWS rows one bucket serves both.
 
     All of them share their memory, which is as large as the largest of them needs it, since steps follow each other
     in one stream. What the host writes or reads is pinned and there twice, for steps in turn, because the host is at
@@ -65,43 +69,46 @@ class StepBuckets:
         )
         self.host_choices: npt.NDArray[np.int64] = self.host_tokens.tokens.numpy()
         self._inputs = StepInputs.empty(largest.num_rows, largest.num_logit_rows, device)
-        self._made: dict[tuple[int, int], Bucket] = {}
+        self._made: dict[tuple[int, int, bool], Bucket] = {}
 
-    def holding(self, num_rows: int, num_logit_rows: int) -> Bucket:
-        """The smallest bucket for a step of so many rows."""
+    def holding(self, num_rows: int, num_logit_rows: int, decodes: bool) -> Bucket:
+        """The smallest bucket for a step of so many rows. decodes: see Bucket; the rows are then the logit rows."""
         size = self.sizes[bisect_left(self.sizes, num_rows)]
-        limit = FEW_LOGIT_ROWS if num_logit_rows <= FEW_LOGIT_ROWS else self.max_logit_rows
-        shape = (size, min(size, limit, self.max_logit_rows))
+        if size <= FEW_LOGIT_ROWS or decodes:
+            num_logit_rows = size
+        else:
+            levels = (FEW_LOGIT_ROWS, SOME_LOGIT_ROWS, self.max_logit_rows)
+            num_logit_rows = next(level for level in levels if num_logit_rows <= level)
+        shape = (size, min(size, num_logit_rows, self.max_logit_rows), decodes and size > FEW_LOGIT_ROWS)
         return self._made.get(shape) or self._make(*shape)
 
     def most_wanted(self) -> list[Bucket]:
         """Decoding alone, up to as many requests as may run, and prefills of every size."""
-        decoding = bisect_left(self.sizes, self.max_logit_rows) + 1
-        shapes = [(size, size) for size in self.sizes[:decoding]] + [(size, FEW_LOGIT_ROWS) for size in self.sizes]
-        return self._distinct(shapes)
+        sizes = self.sizes[: bisect_left(self.sizes, self.max_logit_rows) + 1]
+        decoding = [self.holding(size, min(size, self.max_logit_rows), decodes=True) for size in sizes]
+        return _distinct(decoding + [self.holding(size, 1, decodes=False) for size in self.sizes])
 
     def all(self) -> list[Bucket]:
         """Those, and then the ones for prefills beside many decoding requests."""
-        return self._distinct([(size, size) for size in self.sizes], self.most_wanted())
+        levels = (level for level in (SOME_LOGIT_ROWS, self.max_logit_rows) if level <= self.max_logit_rows)
+        beside = [self.holding(size, min(size, level), decodes=False) for level in levels for size in self.sizes]
+        return _distinct(self.most_wanted() + beside)
 
-    def _distinct(self, shapes: list[tuple[int, int]], known: list[Bucket] | None = None) -> list[Bucket]:
-        buckets = list(known or [])
-        for size, num_logit_rows in shapes:
-            bucket = self.holding(size, min(num_logit_rows, self.max_logit_rows))
-            if not any(bucket is other for other in buckets):
-                buckets.append(bucket)
-        return buckets
-
-    def _make(self, num_rows: int, num_logit_rows: int) -> Bucket:
+    def _make(self, num_rows: int, num_logit_rows: int, decodes: bool) -> Bucket:
         layout = _layout(num_rows, num_logit_rows)
         first, second = (StagedStep(layout, half) for half in self.staged)
-        bucket = self._made[num_rows, num_logit_rows] = Bucket(
+        bucket = self._made[num_rows, num_logit_rows, decodes] = Bucket(
             layout=layout,
+            decodes=decodes,
             staging=(first, second),
             inputs=self._inputs.first(num_rows, num_logit_rows),
             choices=self.last_choices[:num_logit_rows],
         )
         return bucket
+
+
+def _distinct(buckets: Iterable[Bucket]) -> list[Bucket]:
+    return list({id(bucket): bucket for bucket in buckets}.values())
 
 
 def _layout(num_rows: int, num_logit_rows: int) -> StagedLayout:

@@ -14,7 +14,7 @@ from engine.request import FinishReason, Request, SamplingParams
 from engine.runner.graph_forward import GraphForward
 from engine.runner.staged_step import StagedStep
 from engine.runner.start_up import Phase, Stage, StartUp
-from engine.runner.step_buckets import FEW_LOGIT_ROWS, StepBuckets
+from engine.runner.step_buckets import FEW_LOGIT_ROWS, SOME_LOGIT_ROWS, StepBuckets
 from engine.sampling.device_sampler import DeviceSampler
 from tests.runner.hash_decoder import POISON, HashDecoder, expected_output, make_engine
 from tests.runner.late_device import LateDevice
@@ -228,22 +228,31 @@ def test_buckets() -> None:
     buckets = StepBuckets(2048, 200, HashDecoder.device)
     assert buckets.sizes == (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
-    def shapes(found: list[Any]) -> set[tuple[int, int]]:
-        return {(bucket.layout.num_rows, bucket.layout.num_logit_rows) for bucket in found}
+    def shapes(found: list[Any]) -> set[tuple[int, int, bool]]:
+        return {(bucket.layout.num_rows, bucket.layout.num_logit_rows, bucket.decodes) for bucket in found}
 
+    small = {(1, 1, False), (8, 8, False), (16, 16, False)}
+    few = {(size, FEW_LOGIT_ROWS, False) for size in buckets.sizes[3:]}
+    decoding = {(32, 32, True), (64, 64, True), (128, 128, True), (256, 200, True)}
+    beside = {(size, min(size, 200), False) for size in buckets.sizes[3:]}
     assert len(buckets.most_wanted()) == len(shapes(buckets.most_wanted()))
-    few = {(size, FEW_LOGIT_ROWS) for size in buckets.sizes[2:]}
-    decoding = {(1, 1), (8, 8), (32, 32), (64, 64), (128, 128), (256, 200)}
-    assert shapes(buckets.most_wanted()) == few | decoding
-    assert shapes(buckets.all()) == few | decoding | {(512, 200), (1024, 200), (2048, 200)}
-    for num_rows, num_logit_rows, expected in (
-        (1, 1, (1, 1)),
-        (2, 0, (8, 8)),
-        (129, 16, (256, 16)),
-        (129, 17, (256, 200)),
+    assert shapes(buckets.most_wanted()) == small | few | decoding
+    assert shapes(buckets.all()) == small | few | decoding | beside
+    for num_rows, num_logit_rows, decodes, expected in (
+        (1, 1, True, (1, 1, False)),
+        (2, 0, False, (8, 8, False)),
+        (9, 9, True, (16, 16, False)),
+        (129, 129, True, (256, 200, True)),
+        (129, 16, False, (256, 16, False)),
+        (129, 17, False, (256, 200, False)),
+        (17, 17, False, (32, 32, False)),
     ):
-        assert shapes([buckets.holding(num_rows, num_logit_rows)]) == {expected}
-    assert buckets.holding(130, 3) is buckets.holding(200, 16)
+        assert shapes([buckets.holding(num_rows, num_logit_rows, decodes)]) == {expected}
+    assert buckets.holding(130, 3, decodes=False) is buckets.holding(200, 16, decodes=False)
+    many = StepBuckets(2048, 1000, torch.device("cpu"))
+    assert shapes([many.holding(2000, 200, decodes=False)]) == {(2048, SOME_LOGIT_ROWS, False)}
+    assert shapes([many.holding(2000, 257, decodes=False)]) == {(2048, 1000, False)}
+    assert (2048, SOME_LOGIT_ROWS, False) in shapes(many.all())
 
 
 def test_the_host_is_out_of_the_way() -> None:
