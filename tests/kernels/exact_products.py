@@ -39,7 +39,9 @@ def exact_products(draw: Draw, rows: int, outputs: int, features: int, int8: boo
             yield ExactProduct(x.to(draw.dtype), Weight(weight.to(draw.dtype)), sums)
         else:
             scales = draw.norm(outputs) * (1.0 if cancel else 2.0**-4)  # so that float16 can hold the results
-            yield ExactProduct(x.to(draw.dtype), Weight(weight.to(torch.int8), scales), sums * scales)
+            yield ExactProduct(
+                x.to(draw.dtype), Weight(weight.to(torch.int8), scales, draw.dtype != torch.float32), sums * scales
+            )
 
 
 def _cancel(draw: Draw, x: torch.Tensor, weight: torch.Tensor) -> None:

@@ -67,10 +67,14 @@ def configurations(rows: int, matrix: Matrix) -> list[Configuration | None]:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [M, K] in its natural order. scales: float32 [M] of int8 rows."""
+    """A weight [M, K] in its natural order. scales: float32 [M] of int8 rows.
+
+    packs: whether there may be a packed copy. Nothing is read from one for float32 rows, whose tiles are too large.
+    """
 
     rows: torch.Tensor
     scales: torch.Tensor | None = None
+    packs: bool = True
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.rows if self.scales is None else (self.rows.float() * self.scales[:, None]).to(dtype)
@@ -81,7 +85,7 @@ class Weight:
         if order is not None:
             order = order.to(rows.device)
             rows, scales = rows[order].contiguous(), None if scales is None else scales[order].contiguous()
-        return Matrix(rows, pack(rows) if rows.element_size() <= 2 else None, scales)
+        return Matrix(rows, pack(rows) if self.packs and rows.element_size() <= 2 else None, scales)
 
 
 class Draw:
@@ -105,7 +109,7 @@ class Draw:
         if not int8:
             return Weight(self.normal(outputs, features, scale=features**-0.5))
         scales = 2.0 ** self.integers(-8, -6, outputs).float() * 2.0 ** -((features.bit_length() - 1) // 2)
-        return Weight(self.integers(-128, 127, outputs, features).to(torch.int8), scales)
+        return Weight(self.integers(-128, 127, outputs, features).to(torch.int8), scales, self.dtype != torch.float32)
 
     def rows_for_norm(self, rows: int, features: int) -> tuple[torch.Tensor, float]:
         """Rows [N, K] and the eps that makes 1 / rms of every other one 1, or next to it."""
