@@ -109,8 +109,6 @@ def candidates(case: Case, rehearse: bool) -> Iterator[Configuration]:
         num_warps = 8 if block_m * block_n >= 128 * 64 else 4
         stages = [s for s in (4, 3) if _fits(case, ManyRows(block_m, block_n, block_k, num_warps, s))]
         yield from (ManyRows(block_m, block_n, block_k, num_warps, s) for s in stages[:1])
-    if case.rows > 128 and not case.int8 and not rehearse:
-        yield ManyRows(128, 128, 64, 8, 4, extra_n=64)
 
 
 def refinements(best: ManyRows, case: Case) -> Iterator[Configuration]:
@@ -126,7 +124,7 @@ def _fits(case: Case, configuration: ManyRows) -> bool:
     block_m = configuration.block_m
     if case.shape.head_norm and case.name == "qkv":  # a tile is a head there
         block_m = 1 << (case.shape.head_dim - 1).bit_length()
-    row_bytes = block_m * (1 if case.int8 else 2) + (configuration.block_n + configuration.extra_n) * 2
+    row_bytes = block_m * (1 if case.int8 else 2) + configuration.block_n * 2
     return row_bytes * configuration.block_k * configuration.num_stages <= SHARED_MEMORY_BYTES
 
 

@@ -38,8 +38,6 @@ class ManyRows:
 
     block_m: weight rows of a tile, at least 16; 64 and more use Hopper's warpgroup products.
     block_n: rows of activations of a tile. block_k: features of one step along K.
-    extra_n: rows of a second, narrower part of the tile, which shares the weight's, or 0. A tile of 128 + 64 rows loads
-    less for a product than one of 128, and its sums still fit in the registers, where those of 256 do not.
     """
 
     block_m: int
@@ -47,11 +45,6 @@ class ManyRows:
     block_k: int
     num_warps: int
     num_stages: int
-    extra_n: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.extra_n == 0 or 16 <= self.extra_n <= self.block_n, "a part of the tile has at least 16 rows"
-        assert self.extra_n & (self.extra_n - 1) == 0, "a power of two"
 
 
 Configuration = FewRows | ManyRows
@@ -172,10 +165,7 @@ def configuration_for(kernel: Kernel, rows: int, matrix: Matrix) -> Configuratio
 
 
 def fitted(configuration: Configuration, rows: int, matrix: Matrix) -> Configuration:
-    """The same with steps along K that suit the slices, and a tile of 16 rows where no more are there.
-
-    A tile has no second part where the first holds all rows, or where the weight is int8.
-    """
+    """The same with steps along K that suit the slices, and a tile of 16 rows where no more are there."""
     width = slice_features(matrix.in_features)
     if isinstance(configuration, FewRows):
         steps, preload = configuration.steps, configuration.preload
@@ -187,6 +177,4 @@ def fitted(configuration: Configuration, rows: int, matrix: Matrix) -> Configura
     while width % configuration.block_k:
         stages = min(8, 2 * configuration.num_stages)
         configuration = replace(configuration, block_k=configuration.block_k // 2, num_stages=stages)
-    if rows <= configuration.block_n or matrix.scales is not None:
-        configuration = replace(configuration, extra_n=0)
     return replace(configuration, block_n=16) if rows <= 16 < configuration.block_n else configuration

@@ -10,58 +10,13 @@ from engine.kernels.arithmetic import round_to
 from engine.kernels.configurations import Configuration, configuration_for, fitted
 from engine.kernels.matrix import Matrix
 from engine.kernels.pair_order import pair_group, pair_order
-from engine.kernels.product import (
-    accumulate,
-    begin,
-    extra_rows,
-    num_programs,
-    product_options,
-    scaled,
-    split_pairs,
-    weight_pointer,
-)
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, split_pairs, weight_pointer
 from engine.kernels.row_norm import NormedRows, load_parts, row_scale
 
 
 def gate_up_row_order(ffn_size: int) -> torch.Tensor:
     """Order of the rows of a stacked weight (gate, then up: [2F, K]) that the kernel wants: `weight[order]`."""
     return pair_order(1, 2 * ffn_size)
-
-
-@triton.jit
-def _activate_and_store(
-    acc,
-    parts,
-    scales_ptr,
-    row_scales_ptr,
-    out_ptr,
-    tile,
-    first_row,
-    source,
-    rows,
-    eps,
-    OUT: tl.constexpr,
-    GROUP: tl.constexpr,
-    PART_COLUMNS: tl.constexpr,
-    PART_HALVINGS: tl.constexpr,
-    K: tl.constexpr,
-    INT8: tl.constexpr,
-    INT8_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOAD_N: tl.constexpr,
-):
-    """A tile of the product of rows first_row …, [BLOCK_M, BLOCK_N], to activations. source: these rows, or one."""
-    out = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = scaled(acc, scales_ptr, row_scales_ptr, out, source, source < rows, OUT, INT8, INT8_ROWS)
-    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
-    dtype = out_ptr.dtype.element_ty
-    gate, up = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
-    activated = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
-    n = first_row + tl.arange(0, BLOCK_N)
-    feature = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
-    mask = (n < rows)[None, :] & (feature < OUT // 2)[:, None]
-    tl.store(out_ptr + n[None, :] * (OUT // 2) + feature[:, None], round_to(activated, dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
@@ -88,37 +43,44 @@ def _norm_gate_up_silu(
     FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
     STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(rows, BLOCK_N + EXTRA_N)
+    row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
-    first_row = tl.program_id(0) % row_tiles * (BLOCK_N + EXTRA_N)
+    first_row = tl.program_id(0) % row_tiles * BLOCK_N
     first, second, third = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     source = first_row + tl.arange(0, LOAD_N)
     if FEW:  # under way beside the product; for many rows it would cost registers
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-    extra = extra_rows(first_row, BLOCK_N, EXTRA_N)
-    acc, extra_acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows, extra * K, extra < rows,
-        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STEPS, PRELOAD, FEW,
+    acc = accumulate(
+        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-    _activate_and_store(
-        acc, parts, scales_ptr, row_scales_ptr, out_ptr, tile, first_row, source, rows, eps,
-        OUT, GROUP, PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, BLOCK_M, BLOCK_N, LOAD_N,
-    )  # fmt: skip
-    if EXTRA_N > 0:
-        parts = load_parts(squares_ptr, extra, extra < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-        _activate_and_store(
-            extra_acc, parts, scales_ptr, row_scales_ptr, out_ptr, tile, first_row + BLOCK_N, extra, rows, eps,
-            OUT, GROUP, PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, BLOCK_M, EXTRA_N, EXTRA_N,
-        )  # fmt: skip
+    acc = scaled(
+        acc,
+        scales_ptr,
+        row_scales_ptr,
+        tile * BLOCK_M + tl.arange(0, BLOCK_M),
+        source,
+        source < rows,
+        OUT,
+        INT8,
+        INT8_ROWS,
+    )
+    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
+    dtype = out_ptr.dtype.element_ty
+    gate, up = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
+    activated = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+    n = first_row + tl.arange(0, BLOCK_N)
+    feature = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
+    mask = (n < rows)[None, :] & (feature < OUT // 2)[:, None]
+    tl.store(out_ptr + n[None, :] * (OUT // 2) + feature[:, None], round_to(activated, dtype), mask=mask)
 
 
 def norm_gate_up_silu(

@@ -9,43 +9,8 @@ import triton.language as tl
 from engine.kernels.arithmetic import round_to
 from engine.kernels.configurations import Configuration, configuration_for, fitted
 from engine.kernels.matrix import Matrix
-from engine.kernels.product import accumulate, begin, extra_rows, num_programs, product_options, scaled, weight_pointer
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, weight_pointer
 from engine.kernels.row_norm import NormedRows, load_parts, row_scale
-
-
-@triton.jit
-def _normalise_and_store(
-    acc,
-    parts,
-    scales_ptr,
-    row_scales_ptr,
-    out_ptr,
-    m,
-    first_row,
-    source,
-    place,
-    rows,
-    eps,
-    dtype: tl.constexpr,
-    OUT: tl.constexpr,
-    PART_COLUMNS: tl.constexpr,
-    PART_HALVINGS: tl.constexpr,
-    K: tl.constexpr,
-    INT8: tl.constexpr,
-    INT8_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOAD_N: tl.constexpr,
-):
-    """A tile of the product for rows first_row … of the output, [BLOCK_M, BLOCK_N], to logits.
-
-    place: these rows, or one of them. source: the rows of the input that belong there.
-    """
-    acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, place < rows, OUT, INT8, INT8_ROWS)
-    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
-    n = first_row + tl.arange(0, BLOCK_N)
-    mask = (n < rows)[None, :] & (m < OUT)[:, None]
-    rounded = round_to(acc, dtype).to(tl.float32)
-    tl.store(out_ptr + n.to(tl.int64)[None, :] * OUT + m[:, None], rounded, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
@@ -73,45 +38,35 @@ def _norm_logits(
     FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
     STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(rows, BLOCK_N + EXTRA_N)
+    row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
-    first_row = tl.program_id(0) % row_tiles * (BLOCK_N + EXTRA_N)
+    first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second, third = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     place = first_row + tl.arange(0, LOAD_N)
     source = place
     if INDEXED:
         source = tl.load(index_ptr + place, mask=place < rows, other=0, cache_modifier=".cg").to(tl.int32)
-    extra_place = extra_rows(first_row, BLOCK_N, EXTRA_N)
-    extra = extra_place
-    if INDEXED and EXTRA_N > 0:
-        extra = tl.load(index_ptr + extra, mask=extra < rows, other=0, cache_modifier=".cg").to(tl.int32)
     if FEW:  # under way beside the product; for many rows it would cost registers
         parts = load_parts(squares_ptr, source, place < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-    acc, extra_acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, place < rows, extra * K, extra_place < rows,
-        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STEPS, PRELOAD, FEW,
+    acc = accumulate(
+        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, place < rows,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:
         parts = load_parts(squares_ptr, source, place < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    _normalise_and_store(
-        acc, parts, scales_ptr, row_scales_ptr, out_ptr, m, first_row, source, place, rows, eps,
-        dtype, OUT, PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, BLOCK_N, LOAD_N,
-    )  # fmt: skip
-    if EXTRA_N > 0:
-        parts = load_parts(squares_ptr, extra, extra_place < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-        _normalise_and_store(
-            extra_acc, parts, scales_ptr, row_scales_ptr, out_ptr, m, first_row + BLOCK_N, extra, extra_place, rows,
-            eps, dtype, OUT, PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, EXTRA_N, EXTRA_N,
-        )  # fmt: skip
+    acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, place < rows, OUT, INT8, INT8_ROWS)
+    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
+    n = first_row + tl.arange(0, BLOCK_N)
+    mask = (n < rows)[None, :] & (m < OUT)[:, None]
+    rounded = round_to(acc, x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + n.to(tl.int64)[None, :] * OUT + m[:, None], rounded, mask=mask)
 
 
 def norm_logits(

@@ -12,16 +12,7 @@ from engine.kernels.arithmetic import halvings, round_to, tree_sum
 from engine.kernels.configurations import Configuration, FewRows, Kernel, configuration_for, fitted
 from engine.kernels.matrix import TILE_ROWS, Matrix
 from engine.kernels.pair_order import pair_group, pair_order
-from engine.kernels.product import (
-    accumulate,
-    begin,
-    extra_rows,
-    num_programs,
-    product_options,
-    scaled,
-    split_pairs,
-    weight_pointer,
-)
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, split_pairs, weight_pointer
 from engine.kernels.row_norm import NormedRows, load_parts, row_scale
 
 
@@ -49,14 +40,6 @@ class QKVWeights:
 
 
 @triton.jit
-def _places(positions_ptr, slots_ptr, n, rows):
-    """Position and slot of rows n."""
-    position = tl.load(positions_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
-    slot = tl.load(slots_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
-    return position, slot
-
-
-@triton.jit
 def _angles(cos_ptr, sin_ptr, position, pair, mask, HALF: tl.constexpr):
     """Cosine and sine of each pair of features [M] at each position [N]: [M, N]."""
     angle = position[None, :] * HALF + pair[:, None]
@@ -74,90 +57,6 @@ def _head_norm(first, second, weight_ptr, other_ptr, use_other, pair, eps, BLOCK
     first_weight = tl.load(weight_ptr + pair, mask=valid, other=0.0)
     second_weight = tl.load(weight_ptr + HALF + pair, mask=valid, other=0.0)
     return first * scale[None, :] * first_weight[:, None], second * scale[None, :] * second_weight[:, None]
-
-
-@triton.jit
-def _halves(
-    acc,
-    parts,
-    scales_ptr,
-    row_scales_ptr,
-    bias_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    first_out,
-    source,
-    rows,
-    pair,
-    rotated,
-    is_key,
-    eps,
-    head_eps,
-    dtype: tl.constexpr,
-    OUT: tl.constexpr,
-    HALF: tl.constexpr,
-    GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    HEAD_HALVINGS: tl.constexpr,
-    PART_COLUMNS: tl.constexpr,
-    PART_HALVINGS: tl.constexpr,
-    K: tl.constexpr,
-    INT8: tl.constexpr,
-    INT8_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOAD_N: tl.constexpr,
-):
-    """A tile of the product, [BLOCK_M, BLOCK_N], to the first and second halves of heads, before they are rotated."""
-    out = first_out + tl.arange(0, BLOCK_M)
-    acc = scaled(acc, scales_ptr, row_scales_ptr, out, source, source < rows, OUT, INT8, INT8_ROWS)
-    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
-    if BIAS:
-        acc += tl.load(bias_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)[:, None]
-    one, two = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
-    if QK_NORM:
-        normed_one, normed_two = _head_norm(
-            one, two, q_norm_ptr, k_norm_ptr, is_key, pair, head_eps, BLOCK_M, BLOCK_N, HALF, HEAD_HALVINGS
-        )
-        one = tl.where(rotated[:, None], round_to(normed_one, dtype).to(tl.float32), one)
-        two = tl.where(rotated[:, None], round_to(normed_two, dtype).to(tl.float32), two)
-    return one, two
-
-
-@triton.jit
-def _rotate_and_store(
-    one,
-    two,
-    cos,
-    sin,
-    slot,
-    head,
-    pair,
-    rotated,
-    n,
-    mask,
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    H: tl.constexpr,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,
-):
-    """Both halves of heads of rows n, [M, N], to queries and to slots of the cache."""
-    dtype = q_ptr.dtype.element_ty
-    # Values take no angle: x · 1 - y · 0 would turn an infinite neighbour into NaN.
-    turned_one = tl.where(rotated[:, None], one * cos - two * sin, one)
-    turned_two = tl.where(rotated[:, None], two * cos + one * sin, two)
-
-    in_q = q_ptr + n.to(tl.int64)[None, :] * (H * D) + (head * D + pair)[:, None]
-    in_slot = slot[None, :] * SLOT_STRIDE
-    in_k = k_cache_ptr + in_slot + ((head - H) * D + pair)[:, None]
-    in_v = v_cache_ptr + in_slot + ((head - H - KVH) * D + pair)[:, None]
-    target = tl.where((head < H)[:, None], in_q, tl.where(rotated[:, None], in_k, in_v))
-    tl.store(target, round_to(turned_one, dtype), mask=mask)
-    tl.store(target + D // 2, round_to(turned_two, dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "eps", "head_eps"])
@@ -201,7 +100,6 @@ def _norm_qkv_rope(
     FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
     STEPS: tl.constexpr,
@@ -210,9 +108,9 @@ def _norm_qkv_rope(
 ):
     OUT: tl.constexpr = (H + 2 * KVH) * D  # noqa: N806
     HALF: tl.constexpr = D // 2  # noqa: N806
-    row_tiles = tl.cdiv(rows, BLOCK_N + EXTRA_N)
+    row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
-    first_row = tl.program_id(0) % row_tiles * (BLOCK_N + EXTRA_N)
+    first_row = tl.program_id(0) % row_tiles * BLOCK_N
     # A tile has TILE_ROWS rows of the weight; the rest of BLOCK_M repeats others and is not stored.
     first_out = tile * TILE_ROWS
     first, second, third = begin(w_ptr, first_out, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
@@ -221,8 +119,8 @@ def _norm_qkv_rope(
     if FEW:  # under way beside the product; for many rows it would cost registers
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     n = first_row + tl.arange(0, BLOCK_N)
-    if EXTRA_N == 0:  # a second part leaves no registers for them
-        position, slot = _places(positions_ptr, slots_ptr, n, rows)
+    position = tl.load(positions_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
+    slot = tl.load(slots_ptr + n, mask=n < rows, other=0, cache_modifier=".cg")
     place = tl.arange(0, BLOCK_M // 2)
     pair = first_out // 2 + place
     head = pair // HALF
@@ -231,46 +129,43 @@ def _norm_qkv_rope(
         head = tile + 0 * place
         pair = place
     rotated = head < H + KVH
-    stored = (place < TILE_ROWS // 2) & (head < H + 2 * KVH)
-    mask = (n < rows)[None, :] & stored[:, None]
+    mask = (n < rows)[None, :] & ((place < TILE_ROWS // 2) & (head < H + 2 * KVH))[:, None]
     if FEW:
         cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
 
-    extra = extra_rows(first_row, BLOCK_N, EXTRA_N)
-    acc, extra_acc = accumulate(
-        first, second, third, w_ptr, first_out, x_ptr, source * K, source < rows, extra * K, extra < rows,
-        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STEPS, PRELOAD, FEW,
+    acc = accumulate(
+        first, second, third, w_ptr, first_out, x_ptr, source * K, source < rows,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-    if EXTRA_N > 0:
-        position, slot = _places(positions_ptr, slots_ptr, n, rows)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    one, two = _halves(
-        acc, parts, scales_ptr, row_scales_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, first_out, source, rows,
-        pair, rotated, tile >= H, eps, head_eps, dtype, OUT, HALF, GROUP, BIAS, QK_NORM, HEAD_HALVINGS,
-        PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, BLOCK_M, BLOCK_N, LOAD_N,
-    )  # fmt: skip
+    out = first_out + tl.arange(0, BLOCK_M)
+    acc = scaled(acc, scales_ptr, row_scales_ptr, out, source, source < rows, OUT, INT8, INT8_ROWS)
+    acc = acc * row_scale(parts, eps, K, LOAD_N, PART_COLUMNS, PART_HALVINGS)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)[:, None]
+
+    dtype = q_ptr.dtype.element_ty
+    one, two = split_pairs(round_to(acc, dtype).to(tl.float32), BLOCK_M, BLOCK_N, GROUP)
+    if QK_NORM:
+        normed_one, normed_two = _head_norm(
+            one, two, q_norm_ptr, k_norm_ptr, tile >= H, pair, head_eps, BLOCK_M, BLOCK_N, HALF, HEAD_HALVINGS
+        )
+        one = tl.where(rotated[:, None], round_to(normed_one, dtype).to(tl.float32), one)
+        two = tl.where(rotated[:, None], round_to(normed_two, dtype).to(tl.float32), two)
     if not FEW:
         cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
-    _rotate_and_store(
-        one, two, cos, sin, slot, head, pair, rotated, n, mask, q_ptr, k_cache_ptr, v_cache_ptr,
-        H, KVH, D, SLOT_STRIDE,
-    )  # fmt: skip
-    if EXTRA_N > 0:
-        parts = load_parts(squares_ptr, extra, extra < rows, PARTS, PART_COLUMNS, PART_STRIDE)
-        position, slot = _places(positions_ptr, slots_ptr, extra, rows)
-        mask = (extra < rows)[None, :] & stored[:, None]
-        one, two = _halves(
-            extra_acc, parts, scales_ptr, row_scales_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, first_out, extra, rows,
-            pair, rotated, tile >= H, eps, head_eps, dtype, OUT, HALF, GROUP, BIAS, QK_NORM, HEAD_HALVINGS,
-            PART_COLUMNS, PART_HALVINGS, K, INT8, INT8_ROWS, BLOCK_M, EXTRA_N, EXTRA_N,
-        )  # fmt: skip
-        cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
-        _rotate_and_store(
-            one, two, cos, sin, slot, head, pair, rotated, extra, mask, q_ptr, k_cache_ptr, v_cache_ptr,
-            H, KVH, D, SLOT_STRIDE,
-        )  # fmt: skip
+    # Values take no angle: x · 1 - y · 0 would turn an infinite neighbour into NaN.
+    turned_one = tl.where(rotated[:, None], one * cos - two * sin, one)
+    turned_two = tl.where(rotated[:, None], two * cos + one * sin, two)
+
+    in_q = q_ptr + n.to(tl.int64)[None, :] * (H * D) + (head * D + pair)[:, None]
+    in_slot = slot[None, :] * SLOT_STRIDE
+    in_k = k_cache_ptr + in_slot + ((head - H) * D + pair)[:, None]
+    in_v = v_cache_ptr + in_slot + ((head - H - KVH) * D + pair)[:, None]
+    target = tl.where((head < H)[:, None], in_q, tl.where(rotated[:, None], in_k, in_v))
+    tl.store(target, round_to(turned_one, dtype), mask=mask)
+    tl.store(target + HALF, round_to(turned_two, dtype), mask=mask)
 
 
 def norm_qkv_rope(

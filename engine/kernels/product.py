@@ -30,8 +30,7 @@ def num_programs(configuration: Configuration, rows: int, outputs: int, tile_row
     """Programs of a launch; tile_rows: weight rows of a program, where the configuration does not say."""
     if isinstance(configuration, FewRows):
         return triton.cdiv(outputs, tile_rows or TILE_ROWS) * triton.cdiv(rows, _few_block_n(rows))
-    block_n = configuration.block_n + configuration.extra_n
-    return triton.cdiv(outputs, tile_rows or configuration.block_m) * triton.cdiv(rows, block_n)
+    return triton.cdiv(outputs, tile_rows or configuration.block_m) * triton.cdiv(rows, configuration.block_n)
 
 
 def _few_block_n(rows: int) -> int:
@@ -57,13 +56,12 @@ def product_options(
     }
     if isinstance(configuration, FewRows):
         block_n = _few_block_n(rows)
-        options |= {"FEW": True, "BLOCK_M": block_m or TILE_ROWS, "BLOCK_N": block_n, "EXTRA_N": 0}
-        options |= {"BLOCK_K": 0, "LOAD_N": 1 if rows == 1 else block_n, "STEPS": configuration.steps}
+        options |= {"FEW": True, "BLOCK_M": block_m or TILE_ROWS, "BLOCK_N": block_n, "BLOCK_K": 0}
+        options |= {"LOAD_N": 1 if rows == 1 else block_n, "STEPS": configuration.steps}
         options |= {"PRELOAD": configuration.preload, "num_warps": slices, "num_stages": 1}
     else:
         options |= {"FEW": False, "BLOCK_M": block_m or configuration.block_m, "BLOCK_N": configuration.block_n}
-        options |= {"EXTRA_N": configuration.extra_n, "BLOCK_K": configuration.block_k}
-        options |= {"LOAD_N": configuration.block_n, "STEPS": 0, "PRELOAD": 0}
+        options |= {"BLOCK_K": configuration.block_k, "LOAD_N": configuration.block_n, "STEPS": 0, "PRELOAD": 0}
         options |= {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     if use_pdl:
         options["launch_pdl"] = True
@@ -104,12 +102,6 @@ def begin(
 
 
 @triton.jit
-def extra_rows(first_row, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr):
-    """The rows of the second part of a tile, [EXTRA_N]; without one a row that nobody reads."""
-    return first_row + BLOCK_N + tl.arange(0, EXTRA_N if EXTRA_N > 0 else 1)
-
-
-@triton.jit
 def accumulate(
     first,
     second,
@@ -119,27 +111,21 @@ def accumulate(
     x_ptr,
     row_offset,
     present,
-    extra_offset,
-    extra_present,
     OUT: tl.constexpr,
     K: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
     PRELOAD: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """The product of weight rows first_out … with both parts of a tile of rows: float32 [BLOCK_M, BLOCK_N] and
-    [BLOCK_M, EXTRA_N], or 0 in its place.
+    """The product of weight rows first_out … with a tile of rows: float32 [BLOCK_M, BLOCK_N].
 
     first, second, third: from `begin`. row_offset, present: [BLOCK_N], or [1] for one row that all columns repeat.
-    extra_offset, extra_present: [EXTRA_N], from `extra_rows`.
     """
-    extra_acc = 0
     if FEW:
         last_tile: tl.constexpr = (OUT + 15) // 16 - 1
         acc = product_few_rows(
@@ -149,14 +135,10 @@ def accumulate(
     else:
         weight_rows = tl.minimum(first_out + tl.arange(0, BLOCK_M), OUT - 1)
         if x_ptr.dtype.element_ty == tl.int8:
-            tl.static_assert(EXTRA_N == 0, "a tile of int8 rows has one part")
             acc = product_int8(w_ptr, weight_rows, x_ptr, row_offset, present, K, BLOCK_M, BLOCK_N, BLOCK_K)
         else:
-            acc, extra_acc = product_many_rows(
-                w_ptr, weight_rows, x_ptr, row_offset, present, extra_offset, extra_present,
-                K, SLICE, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K,
-            )  # fmt: skip
-    return acc, extra_acc
+            acc = product_many_rows(w_ptr, weight_rows, x_ptr, row_offset, present, K, SLICE, BLOCK_M, BLOCK_N, BLOCK_K)
+    return acc
 
 
 @triton.jit

@@ -4,9 +4,6 @@
 
 The order along K is that of `product_few_rows`: each slice is summed on its own, and the sums are added in ascending
 order. One accumulator walks through all slices and is emptied at their borders. Sums of integers (w8a8) need no order.
-
-What bounds a large product is how fast its tiles come from the L2 cache. A tile may therefore have two parts, one of
-BLOCK_N and one of EXTRA_N rows, which read the same weight tile: Triton wants powers of two of each.
 """
 
 import triton
@@ -40,51 +37,31 @@ def _load_weight(
 
 
 @triton.jit
-def _load_rows(x_ptr, row_offset, present, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of rows [rows, BLOCK_K]; zero past K and where not `present`."""
-    k = start + tl.arange(0, BLOCK_K)
-    mask = present[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (k < K)[None, :]
-    return tl.load(x_ptr + row_offset[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
 def product_many_rows(
     w_ptr,
     weight_rows,
     x_ptr,
     row_offset,
     present,
-    extra_offset,
-    extra_present,
     K: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A weight tile times both parts of a tile of rows: float32 [BLOCK_M, BLOCK_N] and [BLOCK_M, EXTRA_N].
-
-    row_offset, present: [BLOCK_N]; extra_offset, extra_present: [EXTRA_N]. Without a second part its product is 0.
-    """
+    """A weight tile times a tile of rows: float32 [BLOCK_M, BLOCK_N]. row_offset, present: [BLOCK_N]."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    extra_total = 0
-    if EXTRA_N > 0:
-        tl.static_assert(w_ptr.dtype.element_ty != tl.int32, "a tile of a converted weight has one part")
-        extra_total = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
-        extra_acc = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
     step = 0
     for start in range(0, K, BLOCK_K):
         w = _load_weight(w_ptr, weight_rows, start, K, BLOCK_M, BLOCK_K, dtype)
-        x = _load_rows(x_ptr, row_offset, present, start, K, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K)
+        mask = present[:, None]
+        if K % BLOCK_K != 0:
+            mask = mask & (k < K)[None, :]
+        x = tl.load(x_ptr + row_offset[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc = multiply(w, tl.trans(x), acc)
-        if EXTRA_N > 0:
-            extra = _load_rows(x_ptr, extra_offset, extra_present, start, K, BLOCK_K)
-            extra_acc = multiply(w, tl.trans(extra), extra_acc)
         step += 1
         if w_ptr.dtype.element_ty == tl.int32:
             # The tile is a register operand, and where a branch reads its sum, Triton 3.6 forgets to wait for it.
@@ -96,17 +73,9 @@ def product_many_rows(
             total += acc
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             step = 0
-        # In a branch of its own, and under a condition that LLVM cannot see to be the other's: where one branch waits
-        # for two products, ptxas (12.8) waits for every single instruction of both, in every step.
-        if EXTRA_N > 0:  # noqa: SIM102 (known when the kernel is compiled)
-            if (start + BLOCK_K) % SLICE == 0:
-                extra_total += extra_acc
-                extra_acc = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
     if K % SLICE != 0:
         total += acc
-        if EXTRA_N > 0:
-            extra_total += extra_acc
-    return total, extra_total
+    return total
 
 
 @triton.jit

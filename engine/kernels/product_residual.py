@@ -11,47 +11,8 @@ from engine.kernels.configurations import Configuration, configuration_for, fitt
 from engine.kernels.int8_rows import Int8Rows
 from engine.kernels.matrix import Matrix
 from engine.kernels.prefetch import prefetch, shares
-from engine.kernels.product import accumulate, begin, extra_rows, num_programs, product_options, scaled, weight_pointer
+from engine.kernels.product import accumulate, begin, num_programs, product_options, scaled, weight_pointer
 from engine.kernels.row_norm import NormedRows, sum_of_squares
-
-
-@triton.jit
-def _add_and_store(
-    acc,
-    residual,
-    norm,
-    scales_ptr,
-    row_scales_ptr,
-    out_ptr,
-    weighted_ptr,
-    squares_ptr,
-    tile,
-    m,
-    n,
-    source,
-    rows,
-    target,
-    mask,
-    OUT: tl.constexpr,
-    TILE_HALVINGS: tl.constexpr,
-    PART_STRIDE: tl.constexpr,
-    INT8: tl.constexpr,
-    INT8_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The product of features m and rows n, [BLOCK_M, BLOCK_N], and its residual to the sum.
-
-    source: n, or one row. target, mask: where the sums go, and whether.
-    """
-    acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, source < rows, OUT, INT8, INT8_ROWS)
-    dtype = out_ptr.dtype.element_ty
-    total = round_to(residual.to(tl.float32) + round_to(acc, dtype).to(tl.float32), dtype)
-    tl.store(out_ptr + target, total, mask=mask)
-    wide = tl.where(mask, total.to(tl.float32), 0.0)
-    tl.store(weighted_ptr + target, round_to(wide * norm[:, None], dtype), mask=mask)
-    part = sum_of_squares(wide, BLOCK_M, BLOCK_N, TILE_HALVINGS)
-    tl.store(squares_ptr + n * PART_STRIDE + tile, part, mask=n < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "last"])
@@ -80,7 +41,6 @@ def _product_residual(
     FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD_N: tl.constexpr,
     STEPS: tl.constexpr,
@@ -88,9 +48,9 @@ def _product_residual(
     PDL: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(rows, BLOCK_N + EXTRA_N)
+    row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
-    first_row = tl.program_id(0) % row_tiles * (BLOCK_N + EXTRA_N)
+    first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     norm = tl.load(norm_ptr + m, mask=m < OUT, other=0.0)
     if THREADS > 0:
@@ -99,28 +59,20 @@ def _product_residual(
     n = first_row + tl.arange(0, BLOCK_N)
     target = n[None, :] * OUT + m[:, None]
     mask = (n < rows)[None, :] & (m < OUT)[:, None]
-    if EXTRA_N == 0:  # under way beside the product; a second part has no registers for it
-        residual = tl.load(residual_ptr + target, mask=mask, other=0.0, cache_modifier=".cg")
+    residual = tl.load(residual_ptr + target, mask=mask, other=0.0, cache_modifier=".cg")
     source = first_row + tl.arange(0, LOAD_N)
-    extra = extra_rows(first_row, BLOCK_N, EXTRA_N)
-    acc, extra_acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows, extra * K, extra < rows,
-        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STEPS, PRELOAD, FEW,
+    acc = accumulate(
+        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
+        OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
-    if EXTRA_N > 0:
-        residual = tl.load(residual_ptr + target, mask=mask, other=0.0, cache_modifier=".cg")
-    _add_and_store(
-        acc, residual, norm, scales_ptr, row_scales_ptr, out_ptr, weighted_ptr, squares_ptr, tile, m, n, source, rows,
-        target, mask, OUT, TILE_HALVINGS, PART_STRIDE, INT8, INT8_ROWS, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    if EXTRA_N > 0:
-        target = extra[None, :] * OUT + m[:, None]
-        mask = (extra < rows)[None, :] & (m < OUT)[:, None]
-        residual = tl.load(residual_ptr + target, mask=mask, other=0.0, cache_modifier=".cg")
-        _add_and_store(
-            extra_acc, residual, norm, scales_ptr, row_scales_ptr, out_ptr, weighted_ptr, squares_ptr, tile, m, extra,
-            extra, rows, target, mask, OUT, TILE_HALVINGS, PART_STRIDE, INT8, INT8_ROWS, BLOCK_M, EXTRA_N,
-        )  # fmt: skip
+    acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, source < rows, OUT, INT8, INT8_ROWS)
+    dtype = out_ptr.dtype.element_ty
+    total = round_to(residual.to(tl.float32) + round_to(acc, dtype).to(tl.float32), dtype)
+    tl.store(out_ptr + target, total, mask=mask)
+    wide = tl.where(mask, total.to(tl.float32), 0.0)
+    tl.store(weighted_ptr + target, round_to(wide * norm[:, None], dtype), mask=mask)
+    part = sum_of_squares(wide, BLOCK_M, BLOCK_N, TILE_HALVINGS)
+    tl.store(squares_ptr + n * PART_STRIDE + tile, part, mask=n < rows)
 
 
 def product_residual(

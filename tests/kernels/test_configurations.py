@@ -1,7 +1,5 @@
 """The table of tile shapes: every entry can be launched, and every row order puts pairs together."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -45,10 +43,9 @@ def check(entry: configurations.Configuration, rows: int, weight: Matrix, activa
         assert entry.block_m in (16, 32, 64, 128)
         assert entry.block_n in (16, 32, 64, 128)
         assert entry.block_n <= max(16, row_bucket(rows))
-        assert entry.extra_n == 0 or (weight.scales is None and entry.block_n < rows)
         assert entry.num_warps in (4, 8)
         assert width % entry.block_k == 0
-        row_bytes = entry.block_m * weight.rows.element_size() + (entry.block_n + entry.extra_n) * activation_bytes
+        row_bytes = entry.block_m * weight.rows.element_size() + entry.block_n * activation_bytes
         assert row_bytes * entry.block_k * entry.num_stages <= SHARED_MEMORY_BYTES
 
 
@@ -89,21 +86,6 @@ def test_fitted_goes_no_further_than_it_must() -> None:
     assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(2048)) == ManyRows(64, 64, 256, 4, 3)
     assert fitted(ManyRows(64, 64, 256, 4, 3), 64, matrix(576)) == ManyRows(64, 64, 64, 4, 8)
     assert fitted(ManyRows(64, 64, 64, 4, 3), 16, matrix(2048)) == ManyRows(64, 16, 64, 4, 3)
-
-
-def test_fitted_drops_a_second_part_without_rows_or_for_int8() -> None:
-    entry = ManyRows(128, 128, 64, 8, 4, extra_n=64)
-    one_part = replace(entry, extra_n=0)
-    assert fitted(entry, 129, matrix(2048)) == entry
-    assert fitted(entry, 128, matrix(2048)) == one_part
-    assert fitted(entry, 10, matrix(2048)) == replace(one_part, block_n=16)
-    assert fitted(entry, 1000, matrix(2048, torch.int8)) == one_part
-
-
-@pytest.mark.parametrize("extra_n", [8, 48, 256])
-def test_a_second_part_is_a_power_of_two_and_no_wider_than_the_first(extra_n: int) -> None:
-    with pytest.raises(AssertionError):
-        ManyRows(128, 128, 64, 8, 4, extra_n)
 
 
 def test_a_shape_of_its_own_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
