@@ -25,7 +25,7 @@ class FewRows:
     """How `product_few_rows` is cut. Rows are tiles of 8, or of 16 if there are more than 8.
 
     steps: tensor-core steps (of 16 features of each slice) that a program has in registers for one turn: 4, 8 or 16.
-    preload: turns whose weights are asked for before the wait for the kernel ahead, 1 to 3.
+    preload: turns whose weights are asked for before the wait for the kernel ahead, 1 or 2.
     """
 
     steps: int = 8

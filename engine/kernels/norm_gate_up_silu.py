@@ -52,12 +52,12 @@ def _norm_gate_up_silu(
     row_tiles = tl.cdiv(rows, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
-    first, second, third = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     source = first_row + tl.arange(0, LOAD_N)
     if FEW:  # under way beside the product; for many rows it would cost registers
         parts = load_parts(squares_ptr, source, source < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
+        first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
         OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:

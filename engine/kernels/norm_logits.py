@@ -48,7 +48,7 @@ def _norm_logits(
     tile = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, second, third = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     place = first_row + tl.arange(0, LOAD_N)
     source = place
     if INDEXED:
@@ -56,7 +56,7 @@ def _norm_logits(
     if FEW:  # under way beside the product; for many rows it would cost registers
         parts = load_parts(squares_ptr, source, place < rows, PARTS, PART_COLUMNS, PART_STRIDE)
     acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, place < rows,
+        first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, place < rows,
         OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:

@@ -113,7 +113,7 @@ def _norm_qkv_rope(
     first_row = tl.program_id(0) % row_tiles * BLOCK_N
     # A tile has TILE_ROWS rows of the weight; the rest of BLOCK_M repeats others and is not stored.
     first_out = tile * TILE_ROWS
-    first, second, third = begin(w_ptr, first_out, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, first_out, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
 
     source = first_row + tl.arange(0, LOAD_N)
     if FEW:  # under way beside the product; for many rows it would cost registers
@@ -134,7 +134,7 @@ def _norm_qkv_rope(
         cos, sin = _angles(cos_ptr, sin_ptr, position, pair, mask & rotated[:, None], HALF)
 
     acc = accumulate(
-        first, second, third, w_ptr, first_out, x_ptr, source * K, source < rows,
+        first, second, w_ptr, first_out, x_ptr, source * K, source < rows,
         OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     if not FEW:

@@ -89,23 +89,19 @@ def begin(
     launch_dependents(PDL)
     first = 0
     second = 0
-    third = 0
     if FEW:
         last_tile: tl.constexpr = (OUT + 15) // 16 - 1
         first = load_turn(w_ptr, first_out // 16, last_tile, 0, K, SLICE, SLICES, STEPS, BLOCK_M // 16)
         if PRELOAD > 1:
             second = load_turn(w_ptr, first_out // 16, last_tile, 1, K, SLICE, SLICES, STEPS, BLOCK_M // 16)
-        if PRELOAD > 2:
-            third = load_turn(w_ptr, first_out // 16, last_tile, 2, K, SLICE, SLICES, STEPS, BLOCK_M // 16)
     wait_for_producers(PDL)
-    return first, second, third
+    return first, second
 
 
 @triton.jit
 def accumulate(
     first,
     second,
-    third,
     w_ptr,
     first_out,
     x_ptr,
@@ -124,12 +120,12 @@ def accumulate(
 ):
     """The product of weight rows first_out … with a tile of rows: float32 [BLOCK_M, BLOCK_N].
 
-    first, second, third: from `begin`. row_offset, present: [BLOCK_N], or [1] for one row that all columns repeat.
+    first, second: from `begin`. row_offset, present: [BLOCK_N], or [1] for one row that all columns repeat.
     """
     if FEW:
         last_tile: tl.constexpr = (OUT + 15) // 16 - 1
         acc = product_few_rows(
-            first, second, third, w_ptr, first_out // 16, last_tile, x_ptr, row_offset, present,
+            first, second, w_ptr, first_out // 16, last_tile, x_ptr, row_offset, present,
             K, SLICE, SLICES, STEPS, PRELOAD, BLOCK_M // 16, BLOCK_N,
         )  # fmt: skip
     else:

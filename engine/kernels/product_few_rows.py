@@ -126,7 +126,6 @@ def _add_four(total, slices):
 def product_few_rows(
     first,
     second,
-    third,
     w_ptr,
     tile,
     last_tile,
@@ -143,7 +142,7 @@ def product_few_rows(
 ):
     """GROUPS tiles of 16 weight rows times a tile of rows: float32 [16 GROUPS, BLOCK_N].
 
-    first, second, third: `load_turn` of turns 0, 1 and 2, as many of them as PRELOAD says. row_offset, present:
+    first, second: `load_turn` of turns 0 and 1, the second only if PRELOAD is 2. row_offset, present:
     [BLOCK_N], or [1] for one row that all columns repeat.
     """
     TURNS: tl.constexpr = (SLICE + 16 * STEPS - 1) // (16 * STEPS)  # noqa: N806
@@ -151,22 +150,23 @@ def product_few_rows(
     acc = tl.zeros([GROUPS * SLICES, 16, BLOCK_N], tl.float32)
     x = _columns(x_ptr, row_offset, present, 0, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
     if PRELOAD > 1:
-        second_x = _columns(x_ptr, row_offset, present, 1, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
-    if PRELOAD > 2:
-        third_x = _columns(x_ptr, row_offset, present, 2, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
-    for turn in tl.range(PRELOAD, TURNS, num_stages=1):
-        ahead = load_turn(w_ptr, tile, last_tile, turn, K, SLICE, SLICES, STEPS, GROUPS)
-        ahead_x = _columns(x_ptr, row_offset, present, turn, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
+        next_x = _columns(x_ptr, row_offset, present, 1, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
+        for turn in tl.range(2, TURNS, num_stages=1):
+            third = load_turn(w_ptr, tile, last_tile, turn, K, SLICE, SLICES, STEPS, GROUPS)
+            third_x = _columns(x_ptr, row_offset, present, turn, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
+            acc = multiply(_operand(first, SLICES, STEPS, GROUPS, dtype), x, acc)
+            first = second
+            x = next_x
+            second = third
+            next_x = third_x
         acc = multiply(_operand(first, SLICES, STEPS, GROUPS, dtype), x, acc)
-        if PRELOAD == 1:
-            first, x = ahead, ahead_x
-        elif PRELOAD == 2:
-            first, x, second, second_x = second, second_x, ahead, ahead_x
-        else:
-            first, x, second, second_x, third, third_x = second, second_x, third, third_x, ahead, ahead_x
-    acc = multiply(_operand(first, SLICES, STEPS, GROUPS, dtype), x, acc)
-    if PRELOAD > 1:
-        acc = multiply(_operand(second, SLICES, STEPS, GROUPS, dtype), second_x, acc)
-    if PRELOAD > 2:
-        acc = multiply(_operand(third, SLICES, STEPS, GROUPS, dtype), third_x, acc)
+        acc = multiply(_operand(second, SLICES, STEPS, GROUPS, dtype), next_x, acc)
+    else:
+        for turn in tl.range(1, TURNS, num_stages=1):
+            ahead = load_turn(w_ptr, tile, last_tile, turn, K, SLICE, SLICES, STEPS, GROUPS)
+            ahead_x = _columns(x_ptr, row_offset, present, turn, K, SLICE, SLICES, STEPS, GROUPS, BLOCK_N)
+            acc = multiply(_operand(first, SLICES, STEPS, GROUPS, dtype), x, acc)
+            first = ahead
+            x = ahead_x
+        acc = multiply(_operand(first, SLICES, STEPS, GROUPS, dtype), x, acc)
     return _fold(acc, SLICES, GROUPS, BLOCK_N)

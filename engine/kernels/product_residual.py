@@ -55,14 +55,14 @@ def _product_residual(
     norm = tl.load(norm_ptr + m, mask=m < OUT, other=0.0)
     if THREADS > 0:
         prefetch(ahead_ptr, share, last, THREADS)
-    first, second, third = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
+    first, second = begin(w_ptr, tile * BLOCK_M, OUT, K, SLICE, SLICES, BLOCK_M, STEPS, PRELOAD, FEW, PDL)
     n = first_row + tl.arange(0, BLOCK_N)
     target = n[None, :] * OUT + m[:, None]
     mask = (n < rows)[None, :] & (m < OUT)[:, None]
     residual = tl.load(residual_ptr + target, mask=mask, other=0.0, cache_modifier=".cg")
     source = first_row + tl.arange(0, LOAD_N)
     acc = accumulate(
-        first, second, third, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
+        first, second, w_ptr, tile * BLOCK_M, x_ptr, source * K, source < rows,
         OUT, K, SLICE, SLICES, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, PRELOAD, FEW,
     )  # fmt: skip
     acc = scaled(acc, scales_ptr, row_scales_ptr, m, source, source < rows, OUT, INT8, INT8_ROWS)
