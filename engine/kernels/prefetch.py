@@ -24,13 +24,13 @@ _UNIT = 16  # bytes that the instruction counts in
 def upcoming(kernel: Kernel, rows: int, matrix: Matrix) -> torch.Tensor | None:
     """What `kernel` will read of a weight in a step of so many rows, if it pays to ask for it early."""
     weight = weight_pointer(matrix, configuration_for(kernel, rows, matrix))
-    is_small = weight.numel() * weight.element_size() <= MAX_BYTES
+    is_small = weight.nbytes <= MAX_BYTES
     return weight if is_small or MAX_FEW_ROWS < rows <= MAX_ROWS else None
 
 
 def shares(weight: torch.Tensor, programs: int, num_warps: int) -> tuple[int, int]:
     """Bytes that each thread of `programs` programs asks for, and where the last share begins."""
-    num_bytes = min(MAX_BYTES, weight.numel() * weight.element_size()) // _UNIT * _UNIT
+    num_bytes = min(MAX_BYTES, weight.nbytes) // _UNIT * _UNIT
     share = triton.cdiv(num_bytes, programs * num_warps * 32 * _UNIT) * _UNIT
     return share, num_bytes - share
 

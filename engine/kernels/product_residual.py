@@ -112,8 +112,9 @@ def product_residual(
     assert squares.shape[0] >= rows
     assert squares.shape[1] >= num_parts
     programs = num_programs(configuration, rows, outputs)
-    fetches = ahead is not None and options["PDL"]
-    share, last = shares(ahead, programs, options["num_warps"]) if ahead is not None else (0, 0)
+    if not options["PDL"]:
+        ahead = None  # there is no wait to use
+    share, last = (0, 0) if ahead is None else shares(ahead, programs, options["num_warps"])
     _product_residual[(programs,)](
         values,
         weight_pointer(matrix, configuration),
@@ -131,7 +132,7 @@ def product_residual(
         OUT=outputs,
         TILE_HALVINGS=halvings(options["BLOCK_M"] // 16),
         PART_STRIDE=squares.stride(0),
-        THREADS=32 * options["num_warps"] if fetches else 0,
+        THREADS=0 if ahead is None else 32 * options["num_warps"],
         **options,
     )
     return NormedRows(weighted, squares, num_parts, eps)

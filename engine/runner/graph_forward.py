@@ -1,6 +1,7 @@
 """Calls the Triton decoder through CUDA graphs, one for each shape that steps are padded to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -85,26 +86,17 @@ class GraphForward:
         return self.decoder.dtype
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> _Launched:
-        parity = self._next_parity()
-        arrived = self._arrived[parity]
-        try:
+        with self._turn() as parity:
             bucket, num_choices = self._stage(chunks, parity)
             self._start(bucket)
             logprobs = self._sampler.fetch_logprobs(num_choices, parity) if self._wants_logprobs else None
-            if arrived is not None:
-                arrived.record()
-            self._num_steps += 1
-        except BaseException:
-            self._recover()
-            raise
-        host_choices = self._buckets.host_choices[parity]
+        host_choices, arrived = self._buckets.host_choices[parity], self._arrived[parity]
         return _Launched(self.decoder, self._sampler, num_choices, host_choices, logprobs, arrived)
 
     @torch.inference_mode()
     def score(self, chunk: ScheduledChunk) -> torch.Tensor:
-        parity, num_rows = self._next_parity(), chunk.num_scheduled_tokens
-        arrived = self._arrived[parity]
-        try:
+        with self._turn() as parity:
+            num_rows = chunk.num_scheduled_tokens
             bucket = self._buckets.holding(num_rows, num_rows, decodes=False)
             lists, seats = ChunkLists.of([chunk], {}), np.array(self._block_tables.seats([chunk]), np.int32)
             staging = bucket.staging[parity]
@@ -114,12 +106,6 @@ class GraphForward:
             self._decoding, self._choice_of = [], {}
             step = replace(self._make_input(bucket), logit_rows=torch.arange(num_rows, device=self.decoder.device))
             logits = self.decoder.forward(step, self.kv_cache)
-            if arrived is not None:
-                arrived.record()
-            self._num_steps += 1
-        except BaseException:
-            self._recover()
-            raise
         return logits
 
     def chooses(self, request: Request) -> bool:
@@ -139,13 +125,24 @@ class GraphForward:
             self._prepare(unprepared[0])
         return len(unprepared) > 1
 
-    def _next_parity(self) -> int:
-        """Of the step to be staged. Waits for the step before the last, whose half of the memory is written anew."""
+    @contextmanager
+    def _turn(self) -> Iterator[int]:
+        """One step: staged in the half of the memory that this yields, and launched. Counts it, or recovers if it fails.
+
+        Waits first for the step before the last, whose half is written anew: not at all, where that step has been read.
+        """
         parity = self._num_steps % 2
         arrived = self._arrived[parity]
         if arrived is not None:
-            arrived.synchronize()  # at once, where that step has been read
-        return parity
+            arrived.synchronize()
+        try:
+            yield parity
+            if arrived is not None:
+                arrived.record()
+            self._num_steps += 1
+        except BaseException:
+            self._recover()
+            raise
 
     def _recover(self) -> None:
         """After a step of which it is not known what has reached the device: start from nothing, in step with it."""
@@ -232,12 +229,8 @@ class GraphForward:
     def _prepare(self, bucket: Bucket) -> None:
         """Compile and capture a bucket with steps of nobody. The last step's choices are lost: none may be pending."""
         torch.cuda.synchronize()
-        try:
-            while bucket.graph is None:
-                bucket.staging[self._num_steps % 2].write_nobody()
+        while bucket.graph is None:
+            with self._turn() as parity:
+                bucket.staging[parity].write_nobody()
                 self._start(bucket)
                 torch.cuda.synchronize()
-                self._num_steps += 1
-        except BaseException:
-            self._recover()
-            raise
