@@ -105,8 +105,7 @@ class GraphForward:
             self._block_tables.write_updates([chunk], seats, num_needed, staging.updates, parity)
             self._decoding, self._choice_of = [], {}
             step = replace(self._make_input(bucket), logit_rows=torch.arange(num_rows, device=self.decoder.device))
-            logits = self.decoder.forward(step, self.kv_cache)
-        return logits
+            return self.decoder.forward(step, self.kv_cache)
 
     def chooses(self, request: Request) -> bool:
         return self._sampler.supports(request)
@@ -127,7 +126,7 @@ class GraphForward:
 
     @contextmanager
     def _turn(self) -> Iterator[int]:
-        """One step: staged in the half of the memory that this yields, and launched. Counts it, or recovers if it fails.
+        """One step, staged in the half of the memory that this yields, and launched: counted, or recovered from.
 
         Waits first for the step before the last, whose half is written anew: not at all, where that step has been read.
         """
