@@ -21,6 +21,7 @@ from engine.runner.start_forward import start_forward
 from engine.runner.start_up import Phase, StartUp
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
+from engine.speculative.speculation import Speculation
 from engine.stats import EngineStats
 
 STEP_TIME_SMOOTHING = 0.1  # weight of the newest step in the moving average
@@ -39,6 +40,7 @@ class LLMEngine:
         vocab_size: int,
         max_model_len: int,
         fingerprint: str,
+        speculation: Speculation | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -47,6 +49,7 @@ class LLMEngine:
         self._scheduler = scheduler
         self._blocks = blocks
         self._sampler = sampler
+        self._speculation = speculation
         self._in_flight: LaunchedStep | None = None
         self._num_steps = 0
         self._step_time_s = 0.0
@@ -127,7 +130,11 @@ class LLMEngine:
     def abort(self, request_id: str) -> RequestOutput | None:
         """Free a request's blocks now. None if it has ended already."""
         request = self._scheduler.abort(request_id)
-        return None if request is None else RequestOutput(request_id, finish_reason=FinishReason.ABORT)
+        if request is None:
+            return None
+        if self._speculation:
+            self._speculation.forget(request)
+        return RequestOutput(request_id, finish_reason=FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample, commit. Returns what became of every request that the step moved on or ended.
@@ -136,9 +143,11 @@ class LLMEngine:
         host's work and the device's then overlap. What that step computes for a request that this one turns out to
         end is void; it touches only blocks that no later step has been given yet.
         """
+        launched, self._in_flight = self._in_flight, None
+        if launched is None and self._speculation:
+            self._speculation.propose(self._scheduler.running)
         started = perf_counter()
         outputs: list[RequestOutput] = []
-        launched, self._in_flight = self._in_flight, None
         if launched is None:
             step = self._scheduler.schedule()
             outputs += [self._end(request, FinishReason.LENGTH) for request in step.exhausted]
@@ -154,7 +163,10 @@ class LLMEngine:
         if not self._scheduler.has_work:
             self._settle()
         self._num_steps += 1
-        self._step_time_s += STEP_TIME_SMOOTHING * (perf_counter() - started - self._step_time_s)
+        step_time_s = perf_counter() - started
+        self._step_time_s += STEP_TIME_SMOOTHING * (step_time_s - self._step_time_s)
+        if launched is not None and self._speculation:
+            self._speculation.observe_step(launched.step, step_time_s)
         return outputs
 
     def prepare_next(self) -> bool:
@@ -175,6 +187,8 @@ class LLMEngine:
             return None
         running = RequestStatus.RUNNING
         live = [request for request in launched.sampling if request.status is running]
+        if launched.drafts or (self._speculation and self._speculation.waits_for(live)):
+            return None  # what is drafted next hangs on what this one chooses
         if all(len(request.output_token_ids) + 1 >= request.max_output_tokens for request in live):
             return None  # all of them end here
         if self._blocks.pool.num_free_blocks < self._scheduler.num_running:
@@ -199,10 +213,12 @@ class LLMEngine:
         except RuntimeError as error:
             return self._out_of_memory(launched.sampling, error)
         outputs = []
-        details = tokens.details
+        details, verified = tokens.details, tokens.verified
         for place, (request, token_id) in enumerate(zip(launched.sampling, tokens.token_ids, strict=True)):
             if request.finish_reason is not None:  # it was aborted, or ended, after this step was launched
                 request.drop_expected_output()
+            elif place in verified:
+                outputs.append(self._advance_by_drafts(request, verified[place], len(launched.drafts[place])))
             else:
                 outputs.append(self._advance(request, token_id, details.get(place)))
         return outputs
@@ -232,14 +248,41 @@ class LLMEngine:
         elif count >= request.max_output_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            self._scheduler.finish(request, reason)
+            self._finish(request, reason)
         # By position: half the time of keywords, and a full step makes hundreds.
         num_cached_tokens = request.num_cached_tokens
         return RequestOutput(request.request_id, (token_id,), logprobs, reason, stop_token_id, None, num_cached_tokens)
 
+    def _advance_by_drafts(
+        self, request: Request, tokens: Sequence[SampledToken], num_drafted_tokens: int
+    ) -> RequestOutput:
+        """Append the drafts that are accepted and what was chosen behind them, as far as the request goes."""
+        num_accepted_tokens = len(tokens) - 1
+        output = RequestOutput(request.request_id)
+        for token in tokens:
+            following = self._advance(request, token.token_id, token)
+            following.token_ids = output.token_ids + following.token_ids
+            following.logprobs = output.logprobs + following.logprobs
+            output = following
+            if output.finish_reason is not None:
+                break
+        else:
+            self._scheduler.accept(request, num_accepted_tokens)
+        request.num_drafted_tokens += num_drafted_tokens
+        request.num_accepted_tokens += min(num_accepted_tokens, len(output.token_ids))
+        if self._speculation:
+            self._speculation.observe_round(request, num_drafted_tokens, num_accepted_tokens)
+        output.num_drafted_tokens, output.num_accepted_tokens = request.num_drafted_tokens, request.num_accepted_tokens
+        return output
+
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
-        self._scheduler.finish(request, reason)
+        self._finish(request, reason)
         return RequestOutput(request.request_id, finish_reason=reason, error=error)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.finish(request, reason)
+        if self._speculation:
+            self._speculation.forget(request)
 
     def generate(self, requests: Sequence[Request]) -> list[Request]:
         """Run requests to their end, beside whatever else is queued; for tests, benchmarks and offline use."""

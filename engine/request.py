@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -117,6 +117,9 @@ class Request:
     num_pending_tokens: int = 0  # chosen on the device and not read yet: positions are known, ids are not (0 or 1)
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     num_preemptions: int = 0
+    draft_token_ids: Sequence[int] = ()  # proposed for the next step
+    num_drafted_tokens: int = 0  # that have been verified
+    num_accepted_tokens: int = 0  # of those, the ones that the target chose too
     finish_reason: FinishReason | None = None
     num_tokens: int = field(init=False)  # of prompt and output, with the pending one
 
@@ -183,3 +186,5 @@ class RequestOutput:
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it (the last of token_ids)
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0
+    num_drafted_tokens: int = 0  # of the request up to now; only in the outputs of steps that verified drafts of it
+    num_accepted_tokens: int = 0

@@ -73,10 +73,13 @@ class BlockManager:
             self.prefix_cache_hits += min(num_cached_tokens, request.num_prompt_tokens)
         return num_cached_tokens
 
-    def grow(self, request: Request, num_tokens: int) -> bool:
-        """Append blocks until the request has `num_tokens` slots; False, and no change, where too few are free."""
+    def grow(self, request: Request, num_tokens: int, num_reserved_blocks: int = 0) -> bool:
+        """Append blocks until the request has `num_tokens` slots.
+
+        All or nothing: False, and no change, where fewer than `num_reserved_blocks` free blocks would remain.
+        """
         num_new = self._num_blocks_for(num_tokens) - len(request.block_table)
-        if num_new > self.pool.num_free_blocks:
+        if num_new > 0 and num_new + num_reserved_blocks > self.pool.num_free_blocks:
             return False
         if num_new > 0:
             request.block_table += self.pool.allocate(num_new)

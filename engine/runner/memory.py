@@ -130,7 +130,7 @@ def sampler_bytes(model: ModelConfig, limits: SchedulerConfig) -> int:
     from engine.kernels.token_scores import seat_tensors
 
     nowhere = torch.device("meta")
-    max_rows = min(limits.max_num_seqs, limits.token_budget)
+    max_rows = limits.max_logit_rows
     records = (
         seat_tensors(limits.max_num_seqs, model.vocab_size, nowhere),
         choice_workspace(max_rows, model.vocab_size, nowhere),
@@ -144,7 +144,7 @@ def later_bytes(model: ModelConfig, limits: SchedulerConfig) -> int:
 
     num_graphs = 4 * len(row_buckets(limits.token_budget))  # see StepBuckets.all
     graphs = num_graphs * (model.num_layers + 1) * KERNELS_PER_LAYER * GRAPH_NODE_BYTES
-    logits = min(limits.max_num_seqs, limits.token_budget) * model.vocab_size * torch.float32.itemsize
+    logits = limits.max_logit_rows * model.vocab_size * torch.float32.itemsize
     return graphs + COMPILED_BYTES + HOST_CHOICE_COPIES * logits
 
 

@@ -1,5 +1,6 @@
 """Runs a scheduled step on the device: the decoder forward, then sampling."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -9,6 +10,7 @@ from engine.batch import SampledToken, ScheduledStep, StepTokens
 from engine.request import Request
 from engine.runner.forward import Forward, StepLogits
 from engine.sampling.sampler import Sampler
+from engine.sampling.verification import num_accepted
 
 _is_chosen_by_device = attrgetter("is_chosen_by_device")
 
@@ -19,6 +21,7 @@ class LaunchedStep:
 
     step: ScheduledStep
     sampling: list[Request]  # whose next tokens it computes, in order
+    drafts: list[Sequence[int]]  # of each of them; empty where the step has none
     outcome: StepLogits
     is_chosen_by_device: bool  # all of those tokens
     has_details: bool  # somebody asks for log-probabilities
@@ -44,17 +47,20 @@ class ModelRunner:
         sampling = [  # those whose chunk `samples`, less two calls for each
             chunk.request
             for chunk in step.chunks
-            if chunk.start + chunk.num_scheduled_tokens == chunk.request.num_tokens
+            if chunk.start + chunk.num_scheduled_tokens - len(chunk.draft_token_ids) == chunk.request.num_tokens
         ]
+        drafts = [chunk.draft_token_ids for chunk in step.chunks if chunk.samples] if step.num_draft_tokens else []
         is_chosen = all(map(_is_chosen_by_device, sampling))
         has_details = any(request.sampling.logprobs is not None for request in sampling)
-        return LaunchedStep(step, sampling, self.forward.launch(step.chunks), is_chosen, has_details)
+        return LaunchedStep(step, sampling, drafts, self.forward.launch(step.chunks), is_chosen, has_details)
 
     def read(self, launched: LaunchedStep) -> StepTokens:
         """The tokens of `launched.sampling`, in order; waits for them. Raises as `launch` does.
 
         Each request's tokens are always chosen in the same place, whoever shares its steps.
         """
+        if launched.drafts:
+            return self._read_verified(launched)
         sampling, outcome = launched.sampling, launched.outcome
         choices = outcome.choices()
         token_ids = choices[:, 1].tolist()
@@ -70,6 +76,38 @@ class ModelRunner:
                 if token.logprobs is not None or token.error is not None:
                     details[place] = token
         return StepTokens(token_ids, details)
+
+    def _read_verified(self, launched: LaunchedStep) -> StepTokens:
+        """The same of a step with drafts, in which a request has a row of logits more for each of its own."""
+        outcome = launched.outcome
+        choices = outcome.choices()
+        of_rows = [
+            request
+            for request, drafts in zip(launched.sampling, launched.drafts, strict=True)
+            for _ in range(1 + len(drafts))
+        ]
+        row_details = outcome.details(of_rows) if launched.has_details or not choices[:, 0].all() else {}
+        token_ids: list[int] = []
+        details: dict[int, SampledToken] = {}
+        verified: dict[int, list[SampledToken]] = {}
+        first = 0
+        for place, (request, drafts) in enumerate(zip(launched.sampling, launched.drafts, strict=True)):
+            rows = range(first, first + 1 + len(drafts))
+            first = rows.stop
+            own = choices[rows.start : rows.stop]
+            if request.is_chosen_by_device:
+                chosen = own[:, 1].tolist()
+                tokens = [row_details.get(row) or SampledToken(chosen[row - rows.start]) for row in rows]
+                tokens = tokens[: 1 + num_accepted(tokens, drafts)]
+            else:
+                logits = outcome.logits[rows.start : rows.stop]
+                tokens = self._sampler.verify(logits, request, drafts, torch.from_numpy(own))
+            token_ids.append(tokens[0].token_id)
+            if drafts:
+                verified[place] = tokens
+            elif tokens[0].logprobs is not None or tokens[0].error is not None:
+                details[place] = tokens[0]
+        return StepTokens(token_ids, details, verified)
 
     def can_run_ahead(self, launched: LaunchedStep) -> bool:
         """Whether the next step may be launched before this one is read: the device has chosen all of its tokens."""

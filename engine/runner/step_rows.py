@@ -9,7 +9,7 @@ from engine.kernels.attention_plan import NULL_SLOT
 
 @dataclass(frozen=True)
 class StepRows:
-    """Chunk after chunk: a token, its position and its slot a row; and the last row of each chunk that samples."""
+    """Chunk after chunk: a token, its position and its slot a row; and the rows behind which a token is sampled."""
 
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -22,14 +22,14 @@ class StepRows:
         rows = cls()
         for chunk in chunks:
             table = chunk.request.block_table
-            rows.token_ids.extend(chunk.request.token_ids(chunk.start, chunk.stop))
+            rows.token_ids.extend(chunk.token_ids())
             rows.positions.extend(range(chunk.start, chunk.stop))
             rows.slots.extend(
                 table[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.stop)
             )
             assert len(rows.token_ids) == len(rows.positions), f"request {chunk.request.request_id} has a pending token"
-            if chunk.samples:
-                rows.logit_rows.append(len(rows.token_ids) - 1)
+            num_rows = len(rows.token_ids)
+            rows.logit_rows.extend(range(num_rows - chunk.num_samples, num_rows))
         return rows
 
     def pad(self, num_rows: int) -> None:

@@ -4,6 +4,7 @@ Rows are handled one at a time wherever a sum or a logarithm is taken: each comp
 row, whatever the batch, and so the same bits.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from engine.batch import SampledToken
 from engine.request import Request, SamplingParams, TokenLogprobs
 from engine.sampling.greedy import NOT_NUMBERS, greedy_choices, is_plain_greedy
 from engine.sampling.noise import gumbel_noise, gumbel_noise_of_vocabulary
+from engine.sampling.verification import is_accepted
 
 # The likeliest tokens that are looked at before a whole vocabulary is sorted: 0.5 ms against 4 ms for 49,152 on one
 # core. Where the filters do not decide within them, the sort decides; the outcome is the same.
@@ -40,56 +42,79 @@ class Sampler:
         """
         rows = (greedy_choices(logits) if choices is None else choices).tolist()
         return [
-            self._sample_row(row, request, token_id) if ok else SampledToken(error=NOT_NUMBERS)
+            self._sample_row(row, request, (), token_id) if ok else SampledToken(error=NOT_NUMBERS)
             for row, request, (ok, token_id) in zip(logits, requests, rows, strict=True)
         ]
 
-    def _sample_row(self, raw: torch.Tensor, request: Request, likeliest: int) -> SampledToken:
-        """`likeliest`: the first of the row's maxima, so that ties go to the lowest token id."""
+    @torch.inference_mode()
+    def verify(
+        self, logits: torch.Tensor, request: Request, draft_token_ids: Sequence[int], choices: torch.Tensor
+    ) -> list[SampledToken]:
+        """The request's next tokens: those that equal its drafts, and the one behind them.
+
+        logits: float32 [1 + drafts, vocab_size], behind the request's last token and each draft. choices: as above.
+        """
+        tokens: list[SampledToken] = []
+        for place, (row, (ok, token_id)) in enumerate(zip(logits, choices.tolist(), strict=True)):
+            drafts = draft_token_ids[:place]
+            tokens.append(self._sample_row(row, request, drafts, token_id) if ok else SampledToken(error=NOT_NUMBERS))
+            if place == len(draft_token_ids) or not is_accepted(tokens[-1], draft_token_ids[place]):
+                break
+        return tokens
+
+    def _sample_row(self, raw: torch.Tensor, request: Request, drafts: Sequence[int], likeliest: int) -> SampledToken:
+        """`drafts`: tokens between the request's last one and the row. `likeliest`: the first of the row's maxima, so
+        that ties go to the lowest token id."""
         if is_plain_greedy(request):
             return SampledToken(likeliest)
         sampling = request.sampling
-        row = adjust_logits(raw, request, self.stop_ids(sampling))
+        row = adjust_logits(raw, request, self.stop_ids(sampling), drafts)
         if sampling.is_greedy:
             token_id = likeliest if row is raw else int(row.argmax())
         else:
-            token_id = _draw(row, request)
+            token_id = _draw(row, request, request.num_tokens + len(drafts))
         logprobs = None if sampling.logprobs is None else token_logprobs(raw, token_id, sampling.logprobs)
         return SampledToken(token_id, logprobs)
 
 
-def adjust_logits(raw: torch.Tensor, request: Request, stop_ids: frozenset[int]) -> torch.Tensor:
-    """Bias, penalties and the mask of `min_tokens` on one row, float32 [vocab_size]; `raw` itself is not changed."""
+def adjust_logits(
+    raw: torch.Tensor, request: Request, stop_ids: frozenset[int], drafts: Sequence[int] = ()
+) -> torch.Tensor:
+    """Bias, penalties and the mask of `min_tokens` on one row, float32 [vocab_size]; `raw` itself is not changed.
+
+    drafts: tokens that count as output although the request does not have them yet.
+    """
     sampling = request.sampling
-    masked = stop_ids if len(request.output_token_ids) < sampling.min_tokens else frozenset()
+    masked = stop_ids if len(request.output_token_ids) + len(drafts) < sampling.min_tokens else frozenset()
     penalised = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
     if not (sampling.logit_bias or masked or penalised or sampling.repetition_penalty != 1.0):
         return raw
+    output_counts = request.output_counts + Counter(drafts) if drafts else request.output_counts
     row = raw.clone()
     device = row.device
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=device)
         row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device, dtype=row.dtype)
     if sampling.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted({*request.prompt_token_ids, *request.output_counts}), device=device)
+        ids = torch.tensor(sorted({*request.prompt_token_ids, *output_counts}), device=device)
         seen = row[ids]
         penalty = sampling.repetition_penalty
         row[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
-    if penalised and request.output_counts:
-        ids = torch.tensor(list(request.output_counts), device=device)
-        counts = torch.tensor(list(request.output_counts.values()), device=device, dtype=row.dtype)
+    if penalised and output_counts:
+        ids = torch.tensor(list(output_counts), device=device)
+        counts = torch.tensor(list(output_counts.values()), device=device, dtype=row.dtype)
         row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     if masked:
         row[torch.tensor(sorted(masked), device=device)] = float("-inf")
     return row
 
 
-def _draw(row: torch.Tensor, request: Request) -> int:
-    """Gumbel-max over what the filters keep of one row."""
+def _draw(row: torch.Tensor, request: Request, position: int) -> int:
+    """Gumbel-max over what the filters keep of one row. position: of the token that is drawn."""
     sampling = request.sampling
     seed = sampling.seed
     assert seed is not None, "a seed is assigned at admission"
-    key = (seed, request.choice_index, request.num_tokens)
+    key = (seed, request.choice_index, position)
     scaled = row.cpu() / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return int((scaled + gumbel_noise_of_vocabulary(scaled.shape[0], *key)).argmax())

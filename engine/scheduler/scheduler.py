@@ -25,6 +25,10 @@ class Scheduler:
     after each running request has got one. So every decoding request has its row in every step, and the first prefill
     has at least one: neither waits for the other.
 
+    **Drafts.** Tokens that are proposed behind a decoding request's last one ride in the rows that are left, for as long
+    as a prefill under way keeps one. Those that turn out to be wrong leave nothing behind but their slots, which the
+    right ones take.
+
     **Blocks.** Admission takes blocks for all tokens that the request has, so only decoding ones ever need more. It
     leaves a free block for each running request and the new one: nobody outgrows that within `block_size` steps, so
     an admission is not paid for with a preemption at once. Somebody who would run alone is admitted regardless.
@@ -97,6 +101,9 @@ class Scheduler:
         prefills = self._schedule_decodes(step)
         budget = self._config.token_budget - len(step.chunks)
         assert budget >= (1 if prefills else 0), "more requests run than a step has rows"
+        if self._config.max_draft_tokens and not step.preempted:
+            self._add_drafts(step, min(self._config.max_draft_tokens, budget - (1 if prefills else 0)))
+            budget -= step.num_draft_tokens
         for request in prefills:
             budget = self._schedule_prefill(step, request, budget)
         # Blocks are short after a preemption, and whoever gave them up is ahead of most that wait.
@@ -118,9 +125,18 @@ class Scheduler:
             if request.status is not running:
                 continue
             assert request.num_computed_tokens == start, f"request {request.request_id} is committed out of turn"
-            stop = request.num_computed_tokens = start + chunk.num_scheduled_tokens
+            stop = request.num_computed_tokens = start + chunk.num_scheduled_tokens - len(chunk.draft_token_ids)
             if stop // block_size != start // block_size:
                 self._cache.commit(request)
+
+    def accept(self, request: Request, num_accepted_tokens: int) -> None:
+        """Count draft tokens of the step last committed as computed too; their KV is that of the tokens they equal.
+
+        Call it when they have been appended, of requests that are still running.
+        """
+        assert request.num_computed_tokens + num_accepted_tokens < request.num_tokens, "drafts are accepted unappended"
+        request.num_computed_tokens += num_accepted_tokens
+        self._cache.commit(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request at any time, also between `schedule` and `commit`, and free its blocks.
@@ -190,6 +206,27 @@ class Scheduler:
             elif num_tokens <= len(request.block_table) * block_size or self._make_room(step, entry):
                 chunks.append(ScheduledChunk(request, num_tokens - 1, 1))
         return prefills
+
+    def _add_drafts(self, step: ScheduledStep, limit: int) -> None:
+        """Let the chunks of decoding requests go on with what is proposed for them, in rows and blocks that are left.
+
+        Nobody loses anything for a draft: one that would need the block that a running request may need next is not
+        computed.
+        """
+        block_size = self._cache.block_size
+        for place, chunk in enumerate(step.chunks):
+            request = chunk.request
+            if not request.draft_token_ids:
+                continue
+            num_tokens = request.num_tokens
+            num_drafts = min(len(request.draft_token_ids), limit - step.num_draft_tokens)
+            self._cache.grow(request, num_tokens + num_drafts, num_reserved_blocks=len(self._running))
+            num_drafts = min(num_drafts, len(request.block_table) * block_size - num_tokens)
+            if num_drafts > 0:
+                drafts = request.draft_token_ids[:num_drafts]
+                step.chunks[place] = ScheduledChunk(request, chunk.start, 1 + num_drafts, drafts)
+                step.num_draft_tokens += num_drafts
+            request.draft_token_ids = ()
 
     def _make_room(self, step: ScheduledStep, entry: Ranked) -> bool:
         """Find a running request its next block, preempting from the end; False if it had to leave itself.
