@@ -108,6 +108,19 @@ class HostTokens:
 
 
 @dataclass(frozen=True)
+class DraftRows:
+    """Where rows of logits stand behind draft tokens, which count as output of their seats.
+
+    token_ids: int64 [N], of all rows of the step. rows: int64 [S], which of them each row of logits is behind.
+    num_drafts: int32 [S], how many drafts the last tokens up to there are.
+    """
+
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    num_drafts: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Choices:
     """Where the outcome goes, for up to `max_rows` rows.
 
@@ -124,8 +137,19 @@ class Choices:
 
 
 @triton.jit
+def _drafts_of(row, token_ids, rows, num_drafts):
+    """A pointer to the row's own token, and how many drafts end there."""
+    own_token, count = rows, tl.full([], 0, tl.int32)
+    if token_ids is not None:
+        own_token = token_ids + tl.load(rows + row, cache_modifier=".cg")
+        count = tl.load(num_drafts + row, cache_modifier=".cg")
+    return own_token, count
+
+
+@triton.jit
 def _score_chunks(
-    logits, seats, positions, parameters, token_states, biases, chunks, tops, block_maxima,
+    logits, seats, positions, token_ids, rows, num_drafts, parameters, token_states, biases,
+    chunks, tops, block_maxima,
     V: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ID_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
@@ -145,7 +169,8 @@ def _score_chunks(
     out = chunks + (row * NUM_CHUNKS + chunk) * _CHUNK_FIELDS
 
     poisoned = tl.max(((raw != raw) | (raw == float("inf"))).to(tl.int32), axis=0)
-    values = scores(raw, ids, inside, flags, position, parameters, token_states, biases)
+    own_token, drafts = _drafts_of(row, token_ids, rows, num_drafts)
+    values = scores(raw, ids, inside, flags, position, parameters, token_states, biases, own_token, drafts)
     keys = tl.where(inside, rank_key(values, ids, ID_BITS), LOWEST)
     if flags & SAMPLED:
         noisy = values + noise_of_run(chunk * (CHUNK // 4), CHUNK // 4, position, parameters)
@@ -206,7 +231,8 @@ def _store_logprobs(
 
 @triton.jit(do_not_specialize=["max_rows"])
 def _choose(
-    logits, seats, positions, parameters, token_states, biases, chunks, tops, block_maxima, blocks, shortlist,
+    logits, seats, positions, token_ids, rows, num_drafts, parameters, token_states, biases,
+    chunks, tops, block_maxima, blocks, shortlist,
     tokens_out, ids_out, logprobs_out, host_tokens, turn, max_rows,
     V: tl.constexpr, NUM_CHUNKS: tl.constexpr, PADDED_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     SHORTLIST: tl.constexpr, PADDED_BLOCKS: tl.constexpr, ID_BITS: tl.constexpr, PDL: tl.constexpr,
@@ -241,8 +267,9 @@ def _choose(
         alone = load_double(parameters + TOP_P) * total.to(tl.float64) <= weights(0.0, 0.0).to(tl.float64)
         if (tl.load(parameters + TOP_K) > 1) & (alone == 0):
             row_blocks: tl.constexpr = NUM_CHUNKS * CHUNK // _BLOCK
+            own_token, drafts = _drafts_of(row, token_ids, rows, num_drafts)
             best = kept_winner(
-                (logits, flags, position, parameters, token_states, biases),
+                (logits, flags, position, parameters, token_states, biases, own_token, drafts),
                 winner, top, total,
                 block_maxima + row * row_blocks, blocks + row * row_blocks, shortlist + row * SHORTLIST,
                 V, row_blocks, PADDED_BLOCKS, ID_BITS,
@@ -274,13 +301,14 @@ def choose_tokens(
     tensors: SeatTensors,
     workspace: ChoiceWorkspace,
     out: Choices,
+    drafts: DraftRows | None = None,
     pdl: bool = True,
 ) -> None:
     """The next token of each row of logits float32 [S, vocab_size], which are not changed.
 
     seats: int32 [S], the seat of each row's request; negative for a row that is to be chosen greedily, such as one of
-    nobody. A seat has one row at most. positions: int64 [S], of each row's own token; the chosen one comes behind it.
-    Chosen tokens are counted in the token states of seats that are COUNTED.
+    nobody. A seat that is COUNTED has one row at most, and its chosen token is counted in its token states. positions:
+    int64 [S], of each row's own token; the chosen one comes behind it. drafts: None where no row is behind a draft.
     pdl: False starts it only when the kernels before it are done. Launches that share a workspace must not overlap.
     """
     num_rows, vocab_size = logits.shape
@@ -302,6 +330,13 @@ def choose_tokens(
         assert host.turn.dtype == torch.int32
         assert host.turn.shape == (1,)
     use_pdl = pdl and supports_pdl(logits.device)
+    draft_rows: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None] = (None, positions, None)
+    if drafts is not None:
+        assert drafts.token_ids.dtype == drafts.rows.dtype == torch.int64
+        assert drafts.num_drafts.dtype == torch.int32
+        assert drafts.rows.shape == drafts.num_drafts.shape == (num_rows,)
+        assert all(t.is_contiguous() for t in (drafts.token_ids, drafts.rows, drafts.num_drafts))
+        draft_rows = (drafts.token_ids, drafts.rows, drafts.num_drafts)
     seat_state = (tensors.parameters, tensors.token_states, tensors.biases)
     options = {
         "V": vocab_size,
@@ -314,12 +349,13 @@ def choose_tokens(
         **({"launch_pdl": True} if use_pdl else {}),
     }
     _score_chunks[(num_rows * num_chunks,)](
-        logits, seats, positions, *seat_state, workspace.chunks, workspace.tops, workspace.block_maxima,
+        logits, seats, positions, *draft_rows, *seat_state,
+        workspace.chunks, workspace.tops, workspace.block_maxima,
         maxnreg=64,  # two programs a processor, and eight registers spilled; 102 without the limit
         **options,
     )  # fmt: skip
     _choose[(num_rows,)](
-        logits, seats, positions, *seat_state,
+        logits, seats, positions, *draft_rows, *seat_state,
         workspace.chunks, workspace.tops, workspace.block_maxima, workspace.blocks, workspace.shortlist,
         out.tokens, out.logprob_ids, out.logprobs,
         *(None, None, 0) if host is None else (host.tokens, host.turn, host.tokens.shape[1]),

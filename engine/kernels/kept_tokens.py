@@ -43,9 +43,9 @@ _DIGITS = tl.constexpr(16)
 @triton.jit
 def _row_keys(row, ids, inside, ID_BITS: tl.constexpr):
     """Rank keys of tokens `ids` of a row, LOWEST where not `inside`."""
-    logits, flags, position, parameters, token_states, biases = row
+    logits, flags, position, parameters, token_states, biases, own_token, num_drafts = row
     raw = tl.load(logits + ids, mask=inside, other=0.0, cache_modifier=".cg")
-    values = scores(raw, ids, inside, flags, position, parameters, token_states, biases)
+    values = scores(raw, ids, inside, flags, position, parameters, token_states, biases, own_token, num_drafts)
     return tl.where(inside, rank_key(values, ids, ID_BITS), LOWEST)
 
 
@@ -110,7 +110,7 @@ def _weight_above(row, shortlist, num_listed, key, maximum, V: tl.constexpr, ID_
 @triton.jit
 def _winner_above(row, shortlist, num_listed, key, V: tl.constexpr, ID_BITS: tl.constexpr):
     """The rank key of the token with most score and noise among those before `key`; there is one."""
-    _, _, position, parameters, _, _ = row
+    _, _, position, parameters, _, _, _, _ = row
     best = tl.full([], LOWEST, tl.int64)
     winner = tl.full([], LOWEST, tl.int64)
     for tile in range(_num_tiles(num_listed, V)):
@@ -177,7 +177,7 @@ def kept_winner(
     the likeliest, among all. total: the weight of all tokens. block_maxima: int32 [NUM_BLOCKS], `ordered` scores.
     blocks: int32 [NUM_BLOCKS] and shortlist: int64 [SHORTLIST], scratch.
     """
-    _, _, _, parameters, _, _ = row
+    _, _, _, parameters, _, _, _, _ = row
     top_k = tl.load(parameters + TOP_K).to(tl.int32)
     top_p = load_double(parameters + TOP_P)
     min_p = load_double(parameters + MIN_P)

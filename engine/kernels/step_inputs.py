@@ -19,8 +19,9 @@ class StagedLayout:
 
     Four columns of `num_rows` rows: token id; source, the place of the token among the choices of the step before,
     -1 where the token id counts; seat, the request's row of the block tables, -1 for a row of nobody; position.
-    Then `num_logit_rows` rows whose logits are wanted, -1 for none. Then `num_updates` places in the flattened block
-    tables, -1 for none, and the blocks that belong there.
+    Then two columns of `num_logit_rows`: rows whose logits are wanted, -1 for none; and how many draft tokens come
+    before them, each row's own token being the last of these. Then `num_updates` places in the flattened block tables,
+    -1 for none, and the blocks that belong there.
     """
 
     num_rows: int
@@ -29,7 +30,7 @@ class StagedLayout:
 
     @property
     def size(self) -> int:
-        return 4 * self.num_rows + self.num_logit_rows + 2 * self.num_updates
+        return 4 * self.num_rows + 2 * self.num_logit_rows + 2 * self.num_updates
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StepInputs:
 
     token_ids, positions, slot_mapping: int64 [N]. seats: int32 [N], -1 for a row of nobody, which has token 0,
     position 0 and the null slot. logit_rows: int64 [S], row 0 in place of none. logit_seats: int32 [S], -1 for none;
-    logit_positions: int64 [S].
+    logit_positions: int64 [S]. num_drafts: int32 [S].
     """
 
     token_ids: torch.Tensor
@@ -48,6 +49,7 @@ class StepInputs:
     logit_rows: torch.Tensor
     logit_seats: torch.Tensor
     logit_positions: torch.Tensor
+    num_drafts: torch.Tensor
 
     @classmethod
     def empty(cls, num_rows: int, num_logit_rows: int, device: torch.device) -> "StepInputs":
@@ -62,6 +64,7 @@ class StepInputs:
             logit_rows=make(num_logit_rows, torch.int64),
             logit_seats=make(num_logit_rows, torch.int32),
             logit_positions=make(num_logit_rows, torch.int64),
+            num_drafts=make(num_logit_rows, torch.int32),
         )
 
     def first(self, num_rows: int, num_logit_rows: int) -> "StepInputs":
@@ -74,6 +77,7 @@ class StepInputs:
             self.logit_rows[:num_logit_rows],
             self.logit_seats[:num_logit_rows],
             self.logit_positions[:num_logit_rows],
+            self.num_drafts[:num_logit_rows],
         )
 
 
@@ -90,6 +94,7 @@ def _step_inputs(
     logit_rows,
     logit_seats,
     logit_positions,
+    num_drafts,
     half_size,
     num_rows,
     num_logit_rows,
@@ -103,7 +108,7 @@ def _step_inputs(
     parity = 1 - tl.load(turn, volatile=True)
     staged += parity * half_size
     staged_logit_rows = staged + 4 * num_rows
-    places = staged_logit_rows + num_logit_rows
+    places = staged_logit_rows + 2 * num_logit_rows
     # All that the host has written of some rows is asked for at once: each answer takes more than a microsecond. Never
     # out of a cache, since the host writes the same memory anew every other step; Triton drops cache_modifier=".cv".
     for first in range(0, tl.maximum(tl.maximum(num_rows, num_logit_rows), num_updates), BLOCK):
@@ -116,6 +121,7 @@ def _step_inputs(
         seat = tl.load(staged + 2 * num_rows + row, mask=inside, other=-1, volatile=True)
         position = tl.load(staged + 3 * num_rows + row, mask=inside, other=0, volatile=True).to(tl.int64)
         logit_row = tl.load(staged_logit_rows + row, mask=wanted, other=-1, volatile=True)
+        drafts = tl.load(staged_logit_rows + num_logit_rows + row, mask=wanted, other=0, volatile=True)
         place = tl.load(places + row, mask=updated, other=-1, volatile=True)
         block = tl.load(places + num_updates + row, mask=updated, other=0, volatile=True)
         chosen = tl.load(choices + 2 * source + 1, mask=source >= 0, other=0, cache_modifier=".cg")
@@ -124,6 +130,7 @@ def _step_inputs(
         tl.store(positions + row, position, mask=inside)
         tl.store(row_seats + row, seat, mask=inside)
         tl.store(logit_seats + row, logit_row, mask=wanted)  # until the seat is known
+        tl.store(num_drafts + row, drafts, mask=wanted)
     # The one program of this kernel has written the tables and the columns before any of its threads reads them.
     tl.debug_barrier()
     tl.store(turn, parity)
@@ -191,6 +198,7 @@ def step_inputs(
         out.logit_rows,
         out.logit_seats,
         out.logit_positions,
+        out.num_drafts,
         staged.shape[1],
         layout.num_rows,
         layout.num_logit_rows,

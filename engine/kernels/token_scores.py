@@ -114,10 +114,11 @@ def load_double(pointer):
 
 
 @triton.jit
-def scores(raw, ids, inside, flags, position, parameters, token_states, biases):
+def scores(raw, ids, inside, flags, position, parameters, token_states, biases, own_token, num_drafts):
     """float32 logits of tokens `ids` as they compete: adjusted as the seat wants it and divided by the temperature.
 
-    position: of the token that is to be chosen. The pointers are to the seat's own rows.
+    position: of the token that is to be chosen. The pointers are to the seat's own rows. own_token: pointer to the
+    row's token; it and those before it, `num_drafts` in all, are output that the states do not know of.
     """
     values = raw
     if flags & ADJUSTED:
@@ -125,6 +126,8 @@ def scores(raw, ids, inside, flags, position, parameters, token_states, biases):
         place = (state >> _BIAS_SHIFT) & (_BIAS_PLACES - 1)
         values = values + tl.load(biases + place, mask=inside & (place > 0), other=0.0)
         count = (state >> _COUNT_SHIFT) & _MAX_COUNT
+        for place in range(num_drafts):
+            count += (ids == tl.load(own_token - place, cache_modifier=".cg")).to(tl.int32)
         repetition = load_double(parameters + REPETITION).to(tl.float32)
         repeated = tl.where(values > 0, tl.div_rn(values, tl.zeros_like(values) + repetition), values * repetition)
         seen = ((state & 1) != 0) | (count > 0)

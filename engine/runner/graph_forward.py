@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import SampledToken, ScheduledChunk
 from engine.config import SchedulerConfig
+from engine.kernels.choose_tokens import DraftRows
 from engine.kernels.step_inputs import step_inputs
 from engine.model.kv_cache import KVCache
 from engine.model.triton_decoder import TritonDecoder, TritonInput
@@ -64,8 +65,9 @@ class GraphForward:
     def __init__(self, decoder: TritonDecoder, make_kv_cache: Callable[[], KVCache], limits: SchedulerConfig) -> None:
         self.decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
-        max_logit_rows = min(limits.max_num_seqs, limits.token_budget)
-        self._buckets = StepBuckets(limits.token_budget, max_logit_rows, decoder.device)
+        max_logit_rows = limits.max_logit_rows
+        self._verifies = limits.max_draft_tokens > 0
+        self._buckets = StepBuckets(limits.token_budget, max_logit_rows, self._verifies, decoder.device)
         decoder.reserve(self._buckets.sizes[-1], max_logit_rows)
         self._sampler = DeviceSampler(decoder.config.vocab_size, limits.max_num_seqs, max_logit_rows, decoder.device)
         self._graph_memory = torch.cuda.graph_pool_handle() if self._on_gpu else None
@@ -167,19 +169,24 @@ class GraphForward:
             seats, num_needed = staging.seats[:num_choices], staging.positions[:num_choices] // block_size + 1
         else:
             lists = ChunkLists.of(chunks, self._choice_of)
-            num_choices = len(lists.sampling)
+            num_choices = len(lists.logit_rows)
             num_rows = len(lists.token_ids)
-            bucket = self._last = self._buckets.holding(num_rows, num_choices, decodes=num_rows == num_choices)
+            decodes = num_rows == num_choices == len(chunks)
+            bucket = self._last = self._buckets.holding(num_rows, num_choices, decodes)
             staging = bucket.staging[parity]
             taken = tables.seats(chunks)
             for seat, request in zip(taken, requests, strict=True):
                 self._sampler.assign(seat, request)
+            if self._verifies:
+                for seat, chunk in zip(taken, chunks, strict=True):
+                    self._sampler.follow_drafts(seat, chunk.request, bool(chunk.draft_token_ids))
             seats = np.array(taken, np.int32)
             staging.write(lists, seats)
             num_needed = -(-np.array(lists.stops, np.int32) // block_size)
+            # Behind a step with drafts no token is pending, and nobody asks.
             self._choice_of = {request: place for place, request in enumerate(lists.sampling)}
             self._wants_logprobs = any(request.sampling.logprobs is not None for request in lists.sampling)
-            self._decoding = requests if num_rows == num_choices else []
+            self._decoding = requests if decodes else []
         tables.write_updates(chunks, seats, num_needed, staging.updates, parity)
         return bucket, num_choices
 
@@ -198,8 +205,10 @@ class GraphForward:
         """The whole step on the device, from what is staged to its choices."""
         inputs = bucket.inputs
         logits = self.decoder.forward(self._make_input(bucket), self.kv_cache)
-        host_tokens = self._buckets.host_tokens
-        self._sampler.choose(logits, inputs.logit_seats, inputs.logit_positions, bucket.choices, host_tokens)
+        drafts = DraftRows(inputs.token_ids, inputs.logit_rows, inputs.num_drafts) if self._verifies else None
+        self._sampler.choose(
+            logits, inputs.logit_seats, inputs.logit_positions, bucket.choices, self._buckets.host_tokens, drafts
+        )
 
     def _make_input(self, bucket: Bucket) -> TritonInput:
         """Start turning what is staged into the decoder's input."""

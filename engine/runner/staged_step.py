@@ -16,7 +16,8 @@ _NOBODY = np.array([[0], [-1], [-1], [0]], np.int32)  # token id, source, seat, 
 
 @dataclass(frozen=True)
 class ChunkLists:
-    """The chunks of a step taken apart. token_ids is of rows, the lists below it of chunks, the last two of samplers.
+    """The chunks of a step taken apart: token_ids is of rows; sources, lengths and stops are of chunks; logit_rows and
+    num_drafts are of rows that sample, sampling of requests that do.
 
     Pending tokens have id 0 here; their source is the place of the token among the choices of the step before. Other
     chunks have source -1.
@@ -27,6 +28,7 @@ class ChunkLists:
     lengths: list[int] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)
+    num_drafts: list[int] = field(default_factory=list)
     sampling: list[Request] = field(default_factory=list)
 
     @classmethod
@@ -34,12 +36,13 @@ class ChunkLists:
         """`choice_of`: the requests that sampled in the step before, by their place among its choices."""
         lists = cls()
         token_ids, sources, lengths, stops = lists.token_ids, lists.sources, lists.lengths, lists.stops
-        logit_rows, sampling = lists.logit_rows, lists.sampling
+        logit_rows, num_drafts, sampling = lists.logit_rows, lists.num_drafts, lists.sampling
         for chunk in chunks:
             request, start, length = chunk.request, chunk.start, chunk.num_scheduled_tokens
             stop = start + length
+            drafts = chunk.draft_token_ids
             if not request.num_pending_tokens:
-                token_ids += request.token_ids(start, stop)
+                token_ids += request.token_ids(start, stop - len(drafts))
                 source = -1
             else:
                 assert length == 1, f"request {request.request_id} computes {length} tokens, the last of them unknown"
@@ -48,9 +51,14 @@ class ChunkLists:
             sources.append(source)
             lengths.append(length)
             stops.append(stop)
-            if stop == request.num_tokens:
+            if stop - len(drafts) == request.num_tokens:
                 logit_rows.append(len(token_ids) - 1)
+                num_drafts.append(0)
                 sampling.append(request)
+                for draft in drafts:
+                    logit_rows.append(len(token_ids))
+                    num_drafts.append(num_drafts[-1] + 1)
+                    token_ids.append(draft)
         return lists
 
 
@@ -64,7 +72,7 @@ class StagedStep:
         self._all_but_updates: Int32s = flat[:updates]
         self._rows: Int32s = flat[: 4 * num_rows].reshape(4, num_rows)
         self._token_ids, self._sources, self.seats, self.positions = self._rows
-        self._logit_rows: Int32s = flat[4 * num_rows : updates]
+        self._logit_rows, self._num_drafts = flat[4 * num_rows : updates].reshape(2, layout.num_logit_rows)
         self.updates: Int32s = flat[updates:].reshape(2, layout.num_updates)
         self._places = np.arange(num_rows, dtype=np.int32)
 
@@ -82,11 +90,14 @@ class StagedStep:
         self._rows[:, num_rows:] = _NOBODY
         self._logit_rows[:num_logit_rows] = lists.logit_rows
         self._logit_rows[num_logit_rows:] = -1
+        self._num_drafts[:num_logit_rows] = lists.num_drafts
+        self._num_drafts[num_logit_rows:] = 0
 
     def write_nobody(self) -> None:
         """A step that computes nothing for anyone."""
         self._rows[:] = _NOBODY
         self._logit_rows[:] = -1
+        self._num_drafts[:] = 0
         self.updates[0] = -1
 
     def follow(self, before: "StagedStep", num_rows: int) -> None:

@@ -56,7 +56,9 @@ class StepBuckets:
     host_choices shows as arrays. turn: int32 [1], on the device, which half the last step there was in.
     """
 
-    def __init__(self, token_budget: int, max_logit_rows: int, device: torch.device) -> None:
+    def __init__(self, token_budget: int, max_logit_rows: int, verifies: bool, device: torch.device) -> None:
+        """verifies: whether steps may have drafts, and so several logit rows of one request."""
+        self._verifies = verifies
         self.sizes = row_buckets(token_budget)
         self.max_logit_rows = max_logit_rows
         self.last_choices = torch.zeros((max_logit_rows, 2), dtype=torch.int64, device=device)
@@ -83,9 +85,11 @@ class StepBuckets:
         return self._made.get(shape) or self._make(*shape)
 
     def most_wanted(self) -> list[Bucket]:
-        """Decoding alone, up to as many requests as may run, and prefills of every size."""
+        """Decoding alone, up to as many requests as may run, with and without drafts, and prefills of every size."""
         sizes = self.sizes[: bisect_left(self.sizes, self.max_logit_rows) + 1]
         decoding = [self.holding(size, min(size, self.max_logit_rows), decodes=True) for size in sizes]
+        if self._verifies:
+            decoding += [self.holding(size, min(size, self.max_logit_rows), decodes=False) for size in sizes]
         return _distinct(decoding + [self.holding(size, 1, decodes=False) for size in self.sizes])
 
     def all(self) -> list[Bucket]:

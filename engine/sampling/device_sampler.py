@@ -15,7 +15,7 @@ import torch
 
 from engine.batch import SampledToken
 from engine.kernels import token_scores as fields
-from engine.kernels.choose_tokens import MAX_TOP, Choices, HostTokens, choice_workspace, choose_tokens
+from engine.kernels.choose_tokens import MAX_TOP, Choices, DraftRows, HostTokens, choice_workspace, choose_tokens
 from engine.kernels.token_scores import SEAT_FIELDS, seat_tensors
 from engine.request import MAX_LOGPROBS, Request, TokenLogprobs
 from engine.sampling.greedy import NOT_NUMBERS
@@ -55,6 +55,8 @@ class DeviceSampler:
         self._plain = _plain_row()
         self._rows = [self._plain] * max_seats  # as the device has them
         self._requests: list[tuple[Request, int] | None] = [None] * max_seats  # with their preemptions by then
+        # Of seats whose tokens are counted: how many the states know of, where the host does the counting.
+        self._num_counted: list[int | None] = [None] * max_seats
 
     def supports(self, request: Request) -> bool:
         """Whether the device can choose this request's tokens; depends on nothing but what was asked for."""
@@ -76,10 +78,34 @@ class DeviceSampler:
             if request.sampling.logit_bias:
                 biases = np.fromiter(request.sampling.logit_bias.values(), np.float32)
                 self._send(biases, self._tensors.biases[seat, 1 : 1 + len(biases)])
+        self._write_row(seat, row)
+        self._requests[seat] = (request, request.num_preemptions)
+        self._num_counted[seat] = None
+
+    def follow_drafts(self, seat: int, request: Request, has_drafts: bool) -> None:
+        """Ahead of a step in which the seat's request has drafts or has none, with no token pending if it has.
+
+        Which of its rows' tokens will be kept is not known on the device: from a step with drafts to the next without,
+        the host counts them.
+        """
+        row, num_counted = self._rows[seat], self._num_counted[seat]
+        if num_counted is None:
+            if not has_drafts or not row[fields.FLAGS.value] & fields.COUNTED.value:
+                return
+        elif missing := request.output_token_ids[num_counted:]:
+            ids = torch.from_numpy(np.array(missing, np.int64)).to(self._tensors.token_states.device)
+            ones = torch.full_like(ids, 1 << fields.COUNT_SHIFT, dtype=torch.int32)
+            self._tensors.token_states[seat].index_add_(0, ids, ones)
+        self._num_counted[seat] = len(request.output_token_ids) if has_drafts else None
+        flags = row[fields.FLAGS.value] & ~fields.COUNTED.value
+        if not has_drafts:
+            flags |= fields.COUNTED.value
+        self._write_row(seat, [*row[: fields.FLAGS.value], flags, *row[fields.FLAGS.value + 1 :]])
+
+    def _write_row(self, seat: int, row: list[int]) -> None:
         if row != self._rows[seat]:
             self._send(np.array(row, np.int64), self._tensors.parameters[seat])
             self._rows[seat] = row
-        self._requests[seat] = (request, request.num_preemptions)
 
     def forget(self) -> None:
         """Write every seat anew: a step that failed may have counted tokens that nobody will see."""
@@ -92,14 +118,15 @@ class DeviceSampler:
         positions: torch.Tensor,
         choices: torch.Tensor,
         host: HostTokens | None = None,
+        drafts: DraftRows | None = None,
     ) -> None:
         """Choose each row's next token; may run inside a CUDA graph. Does not wait for the device.
 
         logits: float32 [S, vocab_size]. seats: int32 [S], negative for rows of nobody. positions: int64 [S], of each
-        row's own token. choices: int64 [S, 2], filled as by `greedy_choices`; `host` too.
+        row's own token. choices: int64 [S, 2], filled as by `greedy_choices`; `host` too. drafts: see there.
         """
         out = Choices(choices, self._logprob_ids, self._logprobs, host)
-        choose_tokens(logits, seats, positions, self._tensors, self._workspace, out)
+        choose_tokens(logits, seats, positions, self._tensors, self._workspace, out, drafts)
 
     def fetch_logprobs(self, num_rows: int, parity: int) -> RowLogprobs:
         """Start copying the log-probabilities of the step just launched to the host.

@@ -1,7 +1,7 @@
 """Which draft tokens are kept: those that the target chooses itself, up to the first that it does not.
 
-The design's speculation by equality. The target's choice is a function of its logits, the sampling parameters and the
-position, with noise from a counter; a draft that equals it is that choice, and nothing about how it was come by matters.
+What the target chooses is a function of its logits, the sampling parameters and the position, with noise from a
+counter. A draft that equals it is that choice, however it was come by.
 """
 
 from collections.abc import Sequence

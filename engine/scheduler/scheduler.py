@@ -25,9 +25,9 @@ class Scheduler:
     after each running request has got one. So every decoding request has its row in every step, and the first prefill
     has at least one: neither waits for the other.
 
-    **Drafts.** Tokens that are proposed behind a decoding request's last one ride in the rows that are left, for as long
-    as a prefill under way keeps one. Those that turn out to be wrong leave nothing behind but their slots, which the
-    right ones take.
+    **Drafts.** Tokens that are proposed behind a decoding request's last one take rows that are left, short of the one
+    that a prefill under way has. Those that turn out to be wrong leave nothing behind but their slots, which the right
+    ones take.
 
     **Blocks.** Admission takes blocks for all tokens that the request has, so only decoding ones ever need more. It
     leaves a free block for each running request and the new one: nobody outgrows that within `block_size` steps, so

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.kernels import token_scores as fields
-from engine.kernels.choose_tokens import MAX_TOP, Choices, HostTokens, choice_workspace, choose_tokens
+from engine.kernels.choose_tokens import MAX_TOP, Choices, DraftRows, HostTokens, choice_workspace, choose_tokens
 from engine.kernels.token_scores import SeatTensors, seat_tensors
 from engine.sampling.noise import gumbel_noise
 from engine.sampling.sampler import filter_tokens, token_logprobs
@@ -99,9 +99,17 @@ class Outcome:
 
 
 def run(
-    logits: torch.Tensor, seats: list[Seat | None], positions: list[int], device: str, half: int | None = None
+    logits: torch.Tensor,
+    seats: list[Seat | None],
+    positions: list[int],
+    device: str,
+    half: int | None = None,
+    drafts: list[list[int]] | None = None,
 ) -> Outcome:
-    """The kernels on some rows, each in a seat of its own; None for a row of nobody. half: of the host's choices."""
+    """The kernels on some rows, each in a seat of its own; None for a row of nobody. half: of the host's choices.
+
+    drafts: of each row, the tokens before it that the states of its seat do not know of.
+    """
     num_rows, vocab_size = logits.shape
     on = torch.device(device)
     tensors, workspace = seat_tensors(num_rows, vocab_size, on), choice_workspace(num_rows, vocab_size, on)
@@ -126,9 +134,25 @@ def run(
         tensors,
         workspace,
         out,
+        None if drafts is None else _draft_rows(drafts, on),
     )
     states = tensors.token_states[order]
     return Outcome(out.tokens.cpu(), host_choices, out.logprob_ids.cpu(), out.logprobs.cpu(), states.cpu())
+
+
+def _draft_rows(drafts: list[list[int]], device: torch.device) -> DraftRows:
+    """As a step has them: each row of logits is behind a row of its own, and further rows lie between them."""
+    token_ids: list[int] = []
+    rows = []
+    for tokens in drafts:
+        token_ids += [7, *tokens]
+        rows.append(len(token_ids) - 1)
+    counts = [len(tokens) for tokens in drafts]
+    return DraftRows(
+        torch.tensor(token_ids, device=device),
+        torch.tensor(rows, device=device),
+        torch.tensor(counts, dtype=torch.int32, device=device),
+    )
 
 
 class Draw:

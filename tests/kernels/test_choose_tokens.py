@@ -151,6 +151,28 @@ def test_chosen_tokens_are_counted_where_they_matter(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_drafts_before_a_row_are_output(device: str) -> None:
+    """As if they had been counted, also where filters look at the row again; nothing of them is left in the states."""
+    count, vocab_size = (16 if INTERPRETED else 256), 320
+    draw = Draw(11, vocab_size)
+    logits = torch.stack([torch.randn(vocab_size, generator=torch.Generator().manual_seed(i)) for i in range(count)])
+    seats, after, drafts = [], [], []
+    for place in range(count):
+        seat = replace(draw.seat(), repetition=1.7, presence=0.6, frequency=0.8, counted=False, biases=[])
+        seat = replace(seat, states=torch.zeros(vocab_size, dtype=torch.int32))
+        likeliest = logits[place].argsort(descending=True)[:3].tolist()
+        drafts.append([likeliest[draw.number(3)] for _ in range(draw.number(9))])
+        states = torch.bincount(torch.tensor(drafts[-1], dtype=torch.int64), minlength=vocab_size).int()
+        seats.append(seat)
+        after.append(replace(seat, states=states << fields.COUNT_SHIFT))
+    positions = [place + len(tokens) for place, tokens in enumerate(drafts)]
+    outcome = run(logits, seats, positions, device, drafts=drafts)
+    assert torch.equal(outcome.choices, run(logits, after, positions, device).choices)
+    assert not torch.equal(outcome.choices, run(logits, seats, positions, device).choices)
+    assert not outcome.token_states.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "change",
     [

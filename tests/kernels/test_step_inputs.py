@@ -17,8 +17,8 @@ def reference(
 ) -> StepInputs:
     """The kernel's twin in plain torch; `tables` is brought up to date as there."""
     num_rows, num_updates = layout.num_rows, layout.num_updates
-    columns = staged.long().split([num_rows] * 4 + [layout.num_logit_rows] + [num_updates] * 2)
-    token_ids, sources, seats, positions, logit_rows, places, blocks = columns
+    columns = staged.long().split([num_rows] * 4 + [layout.num_logit_rows] * 2 + [num_updates] * 2)
+    token_ids, sources, seats, positions, logit_rows, num_drafts, places, blocks = columns
     tables.view(-1)[places[places >= 0]] = blocks[places >= 0].int()
     block = tables[seats.clamp(min=0), positions // block_size].long()
     rows = logit_rows.clamp(min=0)
@@ -30,6 +30,7 @@ def reference(
         logit_rows=rows,
         logit_seats=torch.where(logit_rows < 0, -1, seats[rows]).int(),
         logit_positions=torch.where(logit_rows < 0, 0, positions[rows]),
+        num_drafts=num_drafts.int(),
     )
 
 
@@ -65,6 +66,7 @@ def test_equals_the_plain_formulation(
         seats.masked_fill(nobody, -1),
         positions.masked_fill(nobody, 0),
         logit_rows,
+        draw(0, 9, num_logit_rows),
         places,
         draw(1, 1 << 27, num_updates),  # of a size whose slots need more than 32 bits
     ]

@@ -19,6 +19,7 @@ from engine.runner.graph_forward import GraphForward
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
+from engine.speculative.speculation import Speculation
 
 VOCAB_SIZE = 97
 POISON = 96  # who has computed this token gets no numbers for logits
@@ -89,7 +90,11 @@ class HashDecoder:
 
 
 def make_engine(
-    num_blocks: int = 200, block_size: int = 2, prefix_caching: bool = True, **limits: Any
+    num_blocks: int = 200,
+    block_size: int = 2,
+    prefix_caching: bool = True,
+    speculation: Speculation | None = None,
+    **limits: Any,
 ) -> tuple[LLMEngine, HashDecoder]:
     config = SchedulerConfig(**{"max_model_len": 100, "max_num_seqs": 20, "token_budget": 40} | limits)
     decoder = HashDecoder(block_size, num_blocks)
@@ -105,5 +110,6 @@ def make_engine(
         vocab_size=VOCAB_SIZE,
         max_model_len=config.max_model_len,
         fingerprint="hash",
+        speculation=speculation,
     )
     return engine, decoder

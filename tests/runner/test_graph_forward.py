@@ -16,9 +16,22 @@ from engine.runner.staged_step import StagedStep
 from engine.runner.start_up import Phase, Stage, StartUp
 from engine.runner.step_buckets import FEW_LOGIT_ROWS, SOME_LOGIT_ROWS, StepBuckets
 from engine.sampling.device_sampler import DeviceSampler
-from tests.runner.hash_decoder import POISON, HashDecoder, expected_output, make_engine
+from engine.speculative.proposer import DraftOrder
+from engine.speculative.speculation import Speculation
+from tests.runner.hash_decoder import POISON, VOCAB_SIZE, HashDecoder, expected_output, make_engine
 from tests.runner.late_device import LateDevice
+from tests.speculative.oracle import Oracle
 from tests.tiny_models import write_tiny_model
+
+
+class Pausing(Oracle):
+    """Has nothing to say every other ten tokens."""
+
+    def may_propose(self, request: Request) -> bool:
+        return len(request.output_token_ids) // 10 % 2 == 0
+
+    def _drafts(self, order: DraftOrder) -> list[int]:
+        return super()._drafts(order) if self.may_propose(order.request) else []
 
 
 def make_requests(count: int, seed: int = 1, max_tokens: int = 25) -> list[Request]:
@@ -53,9 +66,16 @@ def num_followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return followed
 
 
-@pytest.mark.parametrize("limits", [{}, {"token_budget": 20, "max_prefill_chunk": 3}, {"max_num_seqs": 1}])
-@pytest.mark.parametrize("num_blocks", [400, 60])
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize(
+    ("limits", "num_blocks", "prefix_caching"),
+    [
+        ({}, 60, True),
+        ({}, 400, False),
+        ({"token_budget": 20, "max_prefill_chunk": 3}, 60, False),
+        ({"token_budget": 20, "max_prefill_chunk": 3}, 400, True),
+        ({"max_num_seqs": 1}, 60, True),
+    ],
+)
 def test_batches(limits: dict[str, int], num_blocks: int, prefix_caching: bool, num_followed: list[int]) -> None:
     """Prefills beside decodes, and in the small pool preemptions."""
     engine, _ = make_engine(num_blocks, prefix_caching=prefix_caching, **limits)
@@ -65,6 +85,39 @@ def test_batches(limits: dict[str, int], num_blocks: int, prefix_caching: bool, 
     if num_blocks == 60 and not limits:
         assert engine.stats().num_preemptions > 0
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("num_blocks", [400, 60])
+@pytest.mark.parametrize("num_right", [None, 1])
+def test_drafts(num_blocks: int, num_right: int | None, num_followed: list[int]) -> None:
+    """Verified beside prefills; from time to time nobody proposes, and the host is a step ahead again."""
+    requests = make_requests(30)
+    outputs = {r.request_id: expected_output(r.prompt_token_ids, r.sampling.max_tokens) for r in requests}
+    oracle = Pausing(outputs, VOCAB_SIZE - 1, num_right, coin=0.4)
+    engine, _ = make_engine(num_blocks, speculation=Speculation(oracle, 3), max_draft_tokens=20)
+    check(engine.generate(requests))
+    engine.check_integrity()
+    drafted = sum(request.num_drafted_tokens for request in requests)
+    assert drafted > 100
+    assert sum(request.num_accepted_tokens for request in requests) > (0.9 if num_right is None else 0.4) * drafted
+    assert num_followed
+
+
+def test_drafts_and_penalties() -> None:
+    """The device counts what it chooses, but for what may not be kept, which the host counts."""
+    kinds: list[dict[str, Any]] = [{"temperature": 0.9, "top_p": 0.9}, {"temperature": 0.0, "logprobs": 2}, {}]
+
+    def make() -> list[Request]:
+        common = {"seed": 4, "max_tokens": 24, "repetition_penalty": 1.2, "frequency_penalty": 0.7}
+        return [Request(str(i), [i + 1] * 3, SamplingParams(**common | kind)) for i, kind in enumerate(kinds)]
+
+    outputs = {r.request_id: r.output_token_ids for r in make_engine()[0].generate(make())}
+    oracle = Pausing(outputs, VOCAB_SIZE - 1, 1, coin=0.5)
+    engine, _ = make_engine(speculation=Speculation(oracle, 3), max_draft_tokens=20)
+    requests = engine.generate(make())
+    assert {r.request_id: r.output_token_ids for r in requests} == outputs
+    assert all(request.num_accepted_tokens > 4 for request in requests)
+    assert len(set(outputs["0"])) > 10
 
 
 def test_a_steady_batch_is_moved_on(num_followed: list[int]) -> None:
@@ -225,7 +278,7 @@ def test_rows_that_sample_on_the_host_wait_for_it(num_followed: list[int], monke
 
 
 def test_buckets() -> None:
-    buckets = StepBuckets(2048, 200, HashDecoder.device)
+    buckets = StepBuckets(2048, 200, False, HashDecoder.device)
     assert buckets.sizes == (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
     def shapes(found: list[Any]) -> set[tuple[int, int, bool]]:
@@ -249,7 +302,7 @@ def test_buckets() -> None:
     ):
         assert shapes([buckets.holding(num_rows, num_logit_rows, decodes)]) == {expected}
     assert buckets.holding(130, 3, decodes=False) is buckets.holding(200, 16, decodes=False)
-    many = StepBuckets(2048, 1000, torch.device("cpu"))
+    many = StepBuckets(2048, 1000, False, torch.device("cpu"))
     assert shapes([many.holding(2000, 200, decodes=False)]) == {(2048, SOME_LOGIT_ROWS, False)}
     assert shapes([many.holding(2000, 257, decodes=False)]) == {(2048, 1000, False)}
     assert (2048, SOME_LOGIT_ROWS, False) in shapes(many.all())

@@ -1,15 +1,20 @@
 """The device's sampler against the host's, from requests to tokens, over steps, seats and preemptions."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
+from engine.batch import SampledToken
+from engine.kernels.choose_tokens import DraftRows
 from engine.kernels.pdl import INTERPRETED
 from engine.kernels.token_scores import BIAS_PLACES
 from engine.request import Request, SamplingParams
 from engine.sampling.device_sampler import DeviceSampler
+from engine.sampling.greedy import greedy_choices
 from engine.sampling.sampler import Sampler
+from engine.sampling.verification import num_accepted
 from tests.kernels.products import DEVICES
 
 VOCAB = 1030
@@ -105,6 +110,53 @@ def test_a_step_ahead_counts_what_nobody_has_read(device: str) -> None:
         assert host_tokens(logits, [other]) == [int(choices[0, 1])]
         other.append_output(int(choices[0, 1]))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_kept_of_drafts_is_counted(device: str) -> None:
+    """Steps with drafts, of which some are kept, between steps without, one of them ahead of the host."""
+    steps = Steps(device, max_seats=1)
+    steps.sampler = DeviceSampler(VOCAB, 1, 8, steps.device)
+    kind = {"temperature": 0.3, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
+    ours, theirs = make_request(**kind), make_request(**kind)
+    draw = random.Random(2)
+    for step in range(14):
+        num_drafts = draw.choice((0, 0, 1, 4))
+        logits = rows(1, seed=step // 7)  # the same tokens are likely for some steps
+        steps.sampler.assign(0, ours)
+        steps.sampler.follow_drafts(0, ours, num_drafts > 0)
+        if not num_drafts:
+            chosen = steps.run(logits, [ours])
+            assert chosen == host_tokens(logits, [theirs])
+            ours.expect_output()
+            ahead = steps.launch(logits, [ours]).clone()
+            ours.append_output(chosen[0])
+            theirs.append_output(chosen[0])
+            assert [int(ahead[0, 1])] == host_tokens(logits, [theirs])
+            ours.append_output(int(ahead[0, 1]))
+            theirs.append_output(int(ahead[0, 1]))
+            continue
+        drafts = [int(token) for token in logits[0].argsort(descending=True)[:num_drafts]]
+        expected = Sampler([EOS]).verify(
+            logits.expand(num_drafts + 1, -1), theirs, drafts, greedy_choices(logits.expand(num_drafts + 1, -1))
+        )
+        device_rows = DraftRows(
+            torch.tensor([5, *drafts], device=device),
+            torch.arange(num_drafts + 1, device=device),
+            torch.arange(num_drafts + 1, device=device).int(),
+        )
+        choices = torch.zeros((num_drafts + 1, 2), dtype=torch.int64, device=device)
+        positions = torch.arange(num_drafts + 1, device=device) + ours.num_tokens - 1
+        seats = torch.zeros(num_drafts + 1, dtype=torch.int32, device=device)
+        alike = logits.expand(num_drafts + 1, -1).contiguous().to(device)
+        steps.sampler.choose(alike, seats, positions, choices, drafts=device_rows)
+        tokens = [SampledToken(token_id) for token_id in choices[:, 1].tolist()]
+        tokens = tokens[: 1 + num_accepted(tokens, drafts)]
+        assert tokens == expected
+        for token in tokens:
+            ours.append_output(token.token_id)
+            theirs.append_output(token.token_id)
+    assert max(theirs.output_counts.values()) > 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -36,7 +36,9 @@ class Oracle:
         drafts = []
         for place, right in enumerate(output[start : start + order.num_draft_tokens]):
             is_right = self.num_right is None or place < self.num_right or self.draw.random() < self.coin
-            drafts.append(right if is_right else (right + 1 + self.draw.randrange(self.vocab_size - 1)) % self.vocab_size)
+            drafts.append(
+                right if is_right else (right + 1 + self.draw.randrange(self.vocab_size - 1)) % self.vocab_size
+            )
         self.num_proposed += len(drafts)
         return drafts
 

@@ -50,7 +50,9 @@ def make_requests() -> list[Request]:
         sampling = SamplingParams(
             **variants[index % 7], seed=index, max_tokens=3 + 2 * index, stop_token_ids=(7, 11, 30, 31, 32)
         )
-        prompt = [9] * 20 + [index] if index % 7 == 1 else [(5 + index * index * k) % VOCAB_SIZE for k in range(1 + index)]
+        prompt = (
+            [9] * 20 + [index] if index % 7 == 1 else [(5 + index * index * k) % VOCAB_SIZE for k in range(1 + index)]
+        )
         requests.append(Request(str(index), prompt, sampling))
     return requests
 
