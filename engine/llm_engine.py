@@ -316,6 +316,7 @@ class LLMEngine:
             prefix_cache_hits=self._blocks.prefix_cache_hits,
             prompt_tokens=self._num_prompt_tokens,
             output_tokens=self._num_output_tokens,
+            speculation=self._speculation.stats() if self._speculation else None,
         )
 
     def check_integrity(self) -> None:

@@ -4,6 +4,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class SpeculationStats:
+    """Drafts and what the target made of them; counters count from the engine's start."""
+
+    num_rounds: int = 0  # verifications of one request's drafts
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.num_accepted_tokens / self.num_drafted_tokens if self.num_drafted_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a round brings, with the one that the target chooses behind the accepted drafts."""
+        return 1 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 1.0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot; counters count from the engine's start."""
 
@@ -18,6 +36,7 @@ class EngineStats:
     prefix_cache_hits: int = 0  # of those, tokens found
     prompt_tokens: int = 0
     output_tokens: int = 0
+    speculation: SpeculationStats | None = None  # None: off
 
     @property
     def kv_cache_usage(self) -> float:

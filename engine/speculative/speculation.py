@@ -1,56 +1,183 @@
 """Speculative decoding as the engine sees it: who gets how many drafts, and what became of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
 
 from engine.batch import ScheduledStep
 from engine.request import Request, RequestStatus
+from engine.speculative.acceptance import AcceptanceEstimate
+from engine.speculative.policy import Floats, Ints, choose_num_draft_tokens
 from engine.speculative.proposer import DraftOrder, Proposer
+from engine.speculative.step_times import StepTimes
+from engine.stats import SpeculationStats
+
+MAX_ADAPTIVE_TOKENS = 8  # draft tokens of a request in a step: past that even an acceptance of 0.8 gains 0.1 tokens
+LIKELY_AT_BEST = 0.95  # acceptance of a batch of which nothing is known yet but that drafts may pay
+DECIDED_FOR = 32  # steps for which it stands that drafts cannot pay for so many requests
+NEGLIGIBLE = 0.01  # of a step: drafting that takes less counts as free
 
 
 class Speculation:
-    """Orders drafts from a proposer and learns from their verification. One for each engine, called by its thread."""
+    """Orders drafts from a proposer and learns from their verification. One for each engine, called by its thread.
 
-    def __init__(self, proposer: Proposer, num_draft_tokens: int) -> None:
-        self._proposer = proposer
+    The number of drafts follows from how likely each request's are to be accepted and from how long steps take, both
+    as seen here: of steps with drafts apart from those without, which the host runs one ahead of. What is chosen
+    changes speed and no token.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        num_draft_tokens: int | None,
+        max_draft_tokens: int,
+        padded_sizes: Sequence[int] = (),
+    ) -> None:
+        """num_draft_tokens: of each request in each step; None chooses. max_draft_tokens: of all requests in a step.
+        padded_sizes: the row counts that the device's steps are padded to."""
+        self.proposer = proposer
         self._num_draft_tokens = num_draft_tokens
+        self._max_draft_tokens = max_draft_tokens
+        self._plain_times = StepTimes(padded_sizes)
+        self._drafted_times = StepTimes(padded_sizes)
+        self._drafting_times = StepTimes()  # for one token more of so many requests
+        self._overall = AcceptanceEstimate()
+        self._estimates: dict[Request, tuple[AcceptanceEstimate, int]] = {}  # with the tokens that it has seen
+        self._unpaid_until: dict[int, int] = {}  # number of requests for which drafts cannot pay: until which step
+        self._num_steps = 0
+        self._stats = SpeculationStats()
 
     def propose(self, running: Sequence[Request]) -> None:
         """Give the requests that decode their `draft_token_ids` for the next step."""
-        orders = [
-            DraftOrder(request, limit)
-            for request in running
-            if _decodes(request) and (limit := min(self._num_draft_tokens, _num_useful(request))) > 0
-        ]
+        decoding = [request for request in running if _decodes(request)]
+        counts = self._choose(decoding)
+        orders = [DraftOrder(request, count) for request, count in zip(decoding, counts, strict=True) if count]
         if not orders:
             return
-        for order, drafts in zip(orders, self._proposer.propose(orders, 0.0), strict=True):
+        started = perf_counter()
+        proposed = self.proposer.propose(orders, self._worth_waiting_s(decoding, counts))
+        self._drafting_times.observe(len(orders), (perf_counter() - started) / max(counts))
+        for order, drafts in zip(orders, proposed, strict=True):
             assert len(drafts) <= order.num_draft_tokens
             order.request.draft_token_ids = drafts
 
     def waits_for(self, sampling: Sequence[Request]) -> bool:
         """Whether the next step had better wait for the tokens of these requests, to be drafted behind."""
-        return any(_num_useful(request) > 1 and self._proposer.may_propose(request) for request in sampling)
+        return any(self._choose(sampling, num_coming_tokens=1))
 
     def observe_step(self, step: ScheduledStep, step_time_s: float) -> None:
-        pass
+        """`step` took so long, without its drafting."""
+        self._num_steps += 1
+        num_rows = step.num_scheduled_tokens
+        if num_rows == len(step.chunks) + step.num_draft_tokens:  # with a prompt's chunk in it, it tells little
+            (self._drafted_times if step.num_draft_tokens else self._plain_times).observe(num_rows, step_time_s)
 
     def observe_round(self, request: Request, num_drafted_tokens: int, num_accepted_tokens: int) -> None:
-        pass
+        """Drafts of a request have been verified."""
+        estimate, _ = self._estimates.get(request) or (AcceptanceEstimate(self._overall.probability), 0)
+        self._estimates[request] = estimate, request.num_tokens
+        estimate.observe(num_drafted_tokens, num_accepted_tokens)
+        self._overall.observe(num_drafted_tokens, num_accepted_tokens)
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            num_rounds=stats.num_rounds + 1,
+            num_drafted_tokens=stats.num_drafted_tokens + num_drafted_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens + num_accepted_tokens,
+        )
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
-        self._proposer.forget(request)
+        self._estimates.pop(request, None)
+        self.proposer.forget(request)
 
     def close(self) -> None:
-        self._proposer.close()
+        self.proposer.close()
+
+    def stats(self) -> SpeculationStats:
+        return self._stats
+
+    def _choose(self, requests: Sequence[Request], num_coming_tokens: int = 0) -> list[int]:
+        """How many drafts to order for each of these, behind so many tokens that are on their way."""
+        if self._num_draft_tokens is None and not self._may_pay(len(requests)):
+            return [0] * len(requests)
+        # A token is chosen behind the drafts in any case.
+        limits = [r.max_output_tokens - len(r.output_token_ids) - num_coming_tokens - 1 for r in requests]
+        limits = [
+            limit if limit > 0 and self.proposer.may_propose(request) else 0
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        if self._num_draft_tokens is not None:
+            return [min(self._num_draft_tokens, limit) for limit in limits]
+        acceptance = [
+            self._estimate(request).probability if limit else 0.0
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        return list(map(min, self._best_counts(acceptance), limits))
+
+    def _may_pay(self, num_requests: int) -> bool:
+        """Whether drafts could make a step of so many requests faster, were they nearly always right.
+
+        Where not, no more is to be asked about each of many requests, for some steps.
+        """
+        if self._num_steps < self._unpaid_until.get(num_requests, 0):
+            return False
+        if num_requests and any(self._best_counts([LIKELY_AT_BEST] * num_requests)):
+            return True
+        self._unpaid_until[num_requests] = self._num_steps + (DECIDED_FOR if self._plain_times(1) is not None else 1)
+        return False
+
+    def _best_counts(self, acceptance: Sequence[float]) -> list[int]:
+        row_limit = len(acceptance) + self._max_draft_tokens
+        drafting_s = None if self._drafting_is_free() else self._drafting_s
+        return choose_num_draft_tokens(acceptance, MAX_ADAPTIVE_TOKENS, row_limit, self._step_s, drafting_s)
+
+    def _step_s(self, num_rows: Ints) -> Floats | None:
+        """Seconds of steps, the first of them without drafts."""
+        plain = self._plain_times.of_each(num_rows)
+        if plain is None:
+            return None
+        drafted = self._drafted_times.of_each(num_rows[1:])
+        if drafted is not None:
+            plain = np.concatenate((plain[:1], drafted))
+        return np.maximum.accumulate(plain)
+
+    def _drafting_s(self, max_depth: int, num_drafted: Ints) -> Floats:
+        seconds = self._drafting_times.of_each(num_drafted)
+        return np.zeros(len(num_drafted)) if seconds is None else max_depth * seconds
+
+    def _drafting_is_free(self) -> bool:
+        drafting_s, plain_s = self._drafting_times(1), self._plain_times(1)
+        return drafting_s is None or plain_s is None or drafting_s < NEGLIGIBLE * plain_s
+
+    def _worth_waiting_s(self, decoding: Sequence[Request], counts: Sequence[int]) -> float:
+        """How much longer a step with these drafts may take before one without them is as good."""
+        num_requests = len(decoding)
+        seconds = self._step_s(np.array([num_requests, num_requests + sum(counts)]))
+        if seconds is None:
+            return 0.0
+        gained = sum(
+            sum(self._estimate(request).probability ** depth for depth in range(1, count + 1))
+            for request, count in zip(decoding, counts, strict=True)
+        )
+        return max(0.0, float(seconds[0] * (num_requests + gained) / num_requests - seconds[1]))
+
+    def _estimate(self, request: Request) -> AcceptanceEstimate:
+        """With the tokens that were output without drafts since it was last asked for."""
+        known = self._estimates.get(request)
+        if known is None:
+            estimate, num_seen = AcceptanceEstimate(self._overall.probability), request.num_tokens
+        else:
+            estimate, num_seen = known
+            if num_seen < request.num_tokens:
+                estimate.pass_over(request.num_tokens - num_seen)
+        self._estimates[request] = estimate, request.num_tokens
+        return estimate
 
 
 def _decodes(request: Request) -> bool:
     """Whether the next step computes the request's last token and no more of its own."""
     is_next = request.num_tokens - request.num_computed_tokens == 1
     return is_next and request.status is RequestStatus.RUNNING and not request.num_pending_tokens
-
-
-def _num_useful(request: Request) -> int:
-    """Drafts past this are of no use: a token is chosen behind them in any case."""
-    return request.max_output_tokens - len(request.output_token_ids) - 1
