@@ -10,6 +10,7 @@ import zmq
 
 from serve_app.draft_messages import PROTOCOL, Hello, MalformedCount, MalformedError, Welcome, decode_from_draft
 from serve_app.draft_transport import Endpoint, KeyPair, connect
+from serve_app.draft_vocabulary import vocabulary_mismatch
 from serve_app.messages import encode
 
 logger = logging.getLogger("ray.serve")
@@ -18,6 +19,7 @@ CONNECT_S = 1.0  # ZeroMQ does not say that nobody listens
 HANDSHAKE_S = 3.0  # a server that is in a long step answers after it
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 5.0
+MAX_COMPLAINTS = 8  # in the log, until there is a connection
 _LOOK_MS = 50  # how often a handshake looks whether it is still wanted
 _CLOSE_S = 1.0  # the thread may be in a call that takes longer; then it is left to end by itself
 
@@ -49,7 +51,7 @@ class DraftLink:
         self._wanted = True
         self._ready: Connection | None = None
         self._closing = False
-        self._last_complaint = ""
+        self._complaints: set[str] = set()
         self._malformed = MalformedCount("a draft server")
         self._thread = threading.Thread(target=self._run, name="draft-link", daemon=True)
         self._thread.start()
@@ -108,7 +110,7 @@ class DraftLink:
                 self._complain(f"the draft server at {endpoint.address} cannot be reached: {error}")
                 continue
             if connection is not None:
-                self._last_complaint = ""
+                self._complaints.clear()
                 return connection
         return None
 
@@ -154,20 +156,10 @@ class DraftLink:
         """Why there will be no drafts from there."""
         if welcome.protocol != PROTOCOL:
             return f"the draft server speaks version {welcome.protocol} of the protocol, this engine {PROTOCOL}"
-        if welcome.vocab_size != self._vocab_size:
-            return vocabulary_mismatch(welcome.model_name, welcome.vocab_size, self._target_name, self._vocab_size)
-        return None
+        return vocabulary_mismatch(welcome.model_name, welcome.vocab_size, self._target_name, self._vocab_size)
 
     def _complain(self, text: str) -> None:
-        """One line when something is new, not one for each try."""
-        if text != self._last_complaint and not self._closing:
-            self._last_complaint = text
+        """One line when something is new since the last connection, not one for each try."""
+        if text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS and not self._closing:
+            self._complaints.add(text)
             logger.warning(f"speculation goes on without a draft model: {text}")
-
-
-def vocabulary_mismatch(draft_name: str, draft_size: int, target_name: str, target_size: int) -> str:
-    """The line for a draft model that cannot draft for its target."""
-    return (
-        f"draft model {draft_name} has a vocabulary of {draft_size} tokens and {target_name} one of {target_size}: "
-        "a draft model must have the vocabulary of its target"
-    )

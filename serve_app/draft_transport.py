@@ -103,7 +103,8 @@ class ServerSockets:
             return None
         with self._lock:
             if self._tcp is None:
-                self._authenticate()
+                if self._authenticator is None:
+                    self._authenticator = self._authenticate()
                 router = self._router()
                 router.curve_server = True
                 router.curve_secretkey = self._keys.secret.encode()
@@ -138,12 +139,13 @@ class ServerSockets:
         with self._lock:
             return domain == _ZAP_DOMAIN and key.decode("ascii") in self._client_keys
 
-    def _authenticate(self) -> None:
+    def _authenticate(self) -> "ThreadAuthenticator":
         from zmq.auth.thread import ThreadAuthenticator  # only where there is a second node
 
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(_ZAP_DOMAIN, self)
+        authenticator = ThreadAuthenticator(self._context)
+        authenticator.start()
+        authenticator.configure_curve_callback(_ZAP_DOMAIN, self)
+        return authenticator
 
     def _router(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
