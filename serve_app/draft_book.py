@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from engine.config import MAX_DRAFT_TOKENS
 from engine.request import Request
 from engine.speculative.proposer import DraftOrder
 from serve_app.draft_messages import (
-    MAX_DRAFT_TOKENS,
     MAX_ROUND_TOKENS,
     Acceptance,
     Drafts,

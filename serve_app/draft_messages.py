@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from engine.config import MAX_DRAFT_TOKENS
 from engine.request import SamplingParams
 
 logger = logging.getLogger("ray.serve")
@@ -18,7 +19,6 @@ logger = logging.getLogger("ray.serve")
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 8 << 20  # a larger one ends its connection
 MAX_ROUND_TOKENS = 1 << 20  # ids of prompts and answers in one round: at most five bytes each, so below the limit
-MAX_DRAFT_TOKENS = 16  # of one order; see engine.config.SpeculativeConfig
 MAX_KEY_CHARS = 64
 MAX_MIRRORS_OF_ROUND = 4096
 _LOG_PAUSE_S = 30.0
