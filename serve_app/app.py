@@ -163,8 +163,7 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
     if find_drafts is None:
         return LLMEngine.from_checkpoint(checkpoint, engine_config, start_up)
 
-    from engine.speculative.ngram import NgramProposer  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
+    from engine.speculative.ngram import NgramProposer
     from serve_app.draft_client import RemoteProposer
 
     proposer = RemoteProposer(
@@ -180,10 +179,9 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
 
 def load_draft(config: AppConfig) -> "LoadedDraft":
     """Runs in a draft replica."""
-    from engine.speculative.draft_model import DraftModel  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
     from engine.loader.checkpoint import open_checkpoint
     from engine.runner.start_up import LoggedStartUp, Phase
+    from engine.speculative.draft_model import DraftModel
     from serve_app.draft_server import LoadedDraft
 
     assert config.draft_model is not None

@@ -8,9 +8,13 @@ from safetensors.torch import load_file, save_file
 
 import serve_app
 from engine.errors import ConfigError, ModelError
+from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import open_checkpoint
-from serve_app.app import app, check_draft_model, check_model, load_engine, logger
+from engine.request import Request, SamplingParams
+from serve_app.app import app, check_draft_model, check_model, load_draft, load_engine, logger
 from serve_app.config import parse_config
+from serve_app.draft_messages import MirrorOpening, Round
+from serve_app.draft_mirrors import MirrorKeeper
 from serve_app.launch import check_http_port, in_command_line, starts_ray_here
 from tests.tiny_models import write_tiny_model
 
@@ -102,6 +106,28 @@ def test_a_broken_draft_is_named_before_a_replica_starts(tmp_path: Path, monkeyp
     (tmp_path / "draft" / "model.safetensors").write_bytes(b"no")
     with pytest.raises(RayServeException, match=r"^slipstream: .*draft/model\.safetensors"):
         app(arguments)
+
+
+def test_a_draft_replica_drafts_as_the_model_itself_would_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "info", lambda _: None)
+    directory = write_tiny_model(tmp_path)
+    config = parse_config({"model": "m", "device": "cpu", "speculative": "remote", "draft_model": str(directory)})
+    draft = load_draft(config)
+    checkpoint = open_checkpoint(directory)
+    assert (draft.model_name, draft.fingerprint) == (str(directory), checkpoint.fingerprint)
+    keeper = MirrorKeeper(draft.drafter)
+    prompt, sampling = [5, 6, 7], SamplingParams(seed=3, max_tokens=9, ignore_eos=True)
+    keeper.apply((0, b"engine"), Round(1, [MirrorOpening("x", prompt, [], sampling, 0)], [], [("x", 4)]))
+    drafts: list[int] = []
+    while keeper.has_work:
+        keeper.work()
+        for _, reply in keeper.replies():
+            drafts = reply.drafts[0].token_ids
+    engine = LLMEngine.from_checkpoint(checkpoint, config.draft_config(checkpoint.config))
+    [request] = engine.generate([Request("r", prompt, sampling)])
+    assert drafts == request.output_token_ids
 
 
 class FakeTokenizer:
