@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from engine.errors import ConfigError
+
+MAX_DRAFT_TOKENS = 16  # for one request in one step
 
 
 class Device(StrEnum):
@@ -87,8 +90,11 @@ class CacheConfig:
     memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     dtype: KVCacheDType = KVCacheDType.AUTO
+    device_share: float = 1.0  # of a GPU's memory that this process may take, where both sizes are None
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.device_share <= 1.0:
+            raise ConfigError(f"device_share must be above 0 and at most 1, not {self.device_share}")
         if self.block_size < 2 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two from 2 on, not {self.block_size}")
         if self.num_blocks is not None and self.num_blocks < 2:
@@ -123,6 +129,30 @@ class SchedulerConfig:
         return min(self.max_num_seqs + self.max_draft_tokens, self.token_budget)
 
 
+class SpeculativeMethod(StrEnum):
+    """Who proposes draft tokens."""
+
+    OFF = "off"
+    NGRAM = "ngram"  # the request's own text, see engine.speculative.ngram
+    LOCAL = "local"  # a draft model in the engine's process
+    REMOTE = "remote"  # a draft model elsewhere; the proposer is handed to the engine
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """Speculative decoding (Leviathan et al. 2023), here by equality of tokens: see engine.speculative."""
+
+    method: SpeculativeMethod = SpeculativeMethod.OFF
+    num_draft_tokens: int | None = None  # of each request in each step; None: as many as pay off
+    draft_model_path: Path | None = None  # of the local draft model: a directory or a GGUF file
+
+    def __post_init__(self) -> None:
+        if self.num_draft_tokens is not None and not 1 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, not {self.num_draft_tokens}")
+        if (self.method is SpeculativeMethod.LOCAL) != (self.draft_model_path is not None):
+            raise ConfigError(f"draft_model_path goes with the method {SpeculativeMethod.LOCAL}, and only with it")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything an engine needs beside the checkpoint itself."""
@@ -132,5 +162,6 @@ class EngineConfig:
     quantization: Quantization = Quantization.NONE
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     num_threads: int | None = None  # CPU threads; None: every core this process may run on
     warm_up: bool = True  # compile and record the usual steps before the engine is ready, not when they first come

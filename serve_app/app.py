@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import SlipstreamError
+from engine.errors import ConfigError, ModelError, SlipstreamError
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig, cache_dir, parse_config
 
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from engine.llm_engine import LLMEngine
+    from engine.loader.checkpoint import Checkpoint
+    from engine.tokenizer import Tokenizer
+    from serve_app.draft_link import Resolve
+    from serve_app.draft_server import LoadedDraft
     from serve_app.ingress import ServedModel
 
 logger = logging.getLogger("ray.serve")
 
 ENGINE_DEPLOYMENT = "engine"
+DRAFT_DEPLOYMENT = "draft"
 INGRESS_DEPLOYMENT = "ingress"
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica that fails three in a row
@@ -33,6 +38,7 @@ _DRAIN_TIMEOUT_S = 30.0  # for the streams under way; then Serve kills the repli
 # one run again: beside three busy processes a step took 580 ms instead of 29. Spinning for some 10 µs costs nothing on
 # idle cores and bounds the loss on busy ones. libgomp reads this once, when the process starts.
 _CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+_DRAFT_MAX_ONGOING_REQUESTS = 256  # engines that look for a draft replica at once
 _DRAIN_POLL_S = 0.2  # Serve's 2 s would be the least that a shutdown takes
 
 
@@ -67,14 +73,24 @@ def build(config: AppConfig) -> "Application":
     ray_starts_here = starts_ray_here()
     if ray_starts_here:
         check_http_port()
-    path = Path(config.model).expanduser()
-    is_path = config.model not in CATALOGUE and path.exists()
-    if is_path:  # replicas run in another directory
-        config = config.model_copy(update={"model": str(path.absolute()), "served_model_name": config.model_name})
+    path, draft_path = _existing_path(config.model), _existing_path(config.draft_model)
+    if path is not None:  # replicas run in another directory
+        config = config.model_copy(update={"model": str(path), "served_model_name": config.model_name})
+    if draft_path is not None:
+        config = config.model_copy(update={"draft_model": str(draft_path)})
     config = config.model_copy(update={"device": resolve_device(config.device)})
-    if ray_starts_here or is_path:  # in a cluster, each node that needs the model fetches it
+    if ray_starts_here or path or draft_path:  # in a cluster, each node that needs the model fetches it
         check_model(config)
-    return bind(config, partial(load_engine, config), partial(load_served_model, config))
+    load_drafts = partial(load_draft, config) if config.speculative == "remote" else None
+    return bind(config, partial(load_engine, config), partial(load_served_model, config), load_drafts)
+
+
+def _existing_path(model: str | None) -> Path | None:
+    """The absolute path, if it is one and no name."""
+    if model is None or model in CATALOGUE:
+        return None
+    path = Path(model).expanduser()
+    return path.absolute() if path.exists() else None
 
 
 def check_model(config: AppConfig) -> None:
@@ -87,13 +103,48 @@ def check_model(config: AppConfig) -> None:
 
     path = resolve_model(config.model, cache_dir=cache_dir(), progress=progress_on(sys.stderr))
     checkpoint = open_checkpoint(path)
-    config.engine_config(checkpoint.config)
+    draft_path = None
+    if config.draft_model is not None:
+        draft_path = resolve_model(config.draft_model, cache_dir=cache_dir(), progress=progress_on(sys.stderr))
+    config.engine_config(checkpoint.config, draft_path if config.speculative == "local" else None)
     check_tensors(checkpoint)
-    load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    if draft_path is not None:
+        check_draft_model(config, draft_path, checkpoint, tokenizer)
 
 
-def load_engine(config: AppConfig) -> "LLMEngine":
-    """Runs in an engine replica, whose log says how far it is and where the memory goes."""
+def check_draft_model(config: AppConfig, path: Path, target: "Checkpoint", tokenizer: "Tokenizer") -> None:
+    """Whether the model at `path` can draft for the target.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: its vocabulary is another one.
+    """
+    from engine.loader.checkpoint import open_checkpoint
+    from engine.model.weights import check_tensors
+    from engine.tokenizer import load_tokenizer
+    from serve_app.draft_vocabulary import token_mismatch, vocabulary_mismatch
+
+    assert config.draft_model is not None
+    draft = open_checkpoint(path)
+    check_tensors(draft)
+    names = (config.draft_model, config.model)
+    mismatch = vocabulary_mismatch(names[0], draft.config.vocab_size, names[1], target.config.vocab_size)
+    if mismatch is None:
+        try:
+            own_tokenizer = load_tokenizer(path)
+        except ModelError:  # it comes without: a draft needs none
+            return
+        mismatch = token_mismatch(names[0], own_tokenizer, names[1], tokenizer)
+    if mismatch is not None:
+        raise ConfigError(mismatch)
+
+
+def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLMEngine":
+    """Runs in an engine replica, whose log says how far it is and where the memory goes.
+
+    find_drafts: where the draft replicas are, with speculative=remote.
+    """
     from engine.llm_engine import LLMEngine
     from engine.loader.checkpoint import open_checkpoint
     from engine.runner.start_up import LoggedStartUp, Phase
@@ -101,11 +152,45 @@ def load_engine(config: AppConfig) -> "LLMEngine":
     if config.device == "cpu" and config.num_threads is None:
         # A core for HTTP: on two cores, two threads that wait for each other gave 15 tokens/s through HTTP, one 23.
         config = config.model_copy(update={"num_threads": max(1, len(os.sched_getaffinity(0)) - 1)})
-    path = _model_on_this_node(config)
+    path = _on_this_node(config.model)
+    draft_path = None
+    if config.speculative == "local" and config.draft_model is not None:
+        draft_path = _on_this_node(config.draft_model)
     start_up = LoggedStartUp(logger.info)
     with start_up.phase(Phase.HEADERS):
         checkpoint = open_checkpoint(path)
-    return LLMEngine.from_checkpoint(checkpoint, config.engine_config(checkpoint.config), start_up)
+    engine_config = config.engine_config(checkpoint.config, draft_path)
+    if find_drafts is None:
+        return LLMEngine.from_checkpoint(checkpoint, engine_config, start_up)
+
+    from engine.speculative.ngram import NgramProposer
+    from serve_app.draft_client import RemoteProposer
+
+    proposer = RemoteProposer(
+        find_drafts, NgramProposer(), vocab_size=checkpoint.config.vocab_size, target_name=config.model
+    )
+    return LLMEngine.from_checkpoint(
+        checkpoint,
+        engine_config,
+        start_up,
+        proposer=proposer,  # type: ignore[call-arg,unused-ignore]
+    )
+
+
+def load_draft(config: AppConfig) -> "LoadedDraft":
+    """Runs in a draft replica."""
+    from engine.loader.checkpoint import open_checkpoint
+    from engine.runner.start_up import LoggedStartUp, Phase
+    from engine.speculative.draft_model import DraftModel
+    from serve_app.draft_server import LoadedDraft
+
+    assert config.draft_model is not None
+    path = _on_this_node(config.draft_model)
+    start_up = LoggedStartUp(logger.info)
+    with start_up.phase(Phase.HEADERS):
+        checkpoint = open_checkpoint(path)
+    drafter = DraftModel.from_checkpoint(checkpoint, config.draft_config(checkpoint.config), start_up)
+    return LoadedDraft(drafter, config.draft_model, checkpoint.fingerprint)
 
 
 def load_served_model(config: AppConfig) -> "ServedModel":
@@ -114,7 +199,7 @@ def load_served_model(config: AppConfig) -> "ServedModel":
     from engine.tokenizer import load_tokenizer
     from serve_app.ingress import ServedModel
 
-    path = _model_on_this_node(config)
+    path = _on_this_node(config.model)
     checkpoint = open_checkpoint(path)
     return ServedModel(
         name=config.model_name,
@@ -125,18 +210,24 @@ def load_served_model(config: AppConfig) -> "ServedModel":
     )
 
 
-def _model_on_this_node(config: AppConfig) -> Path:
+def _on_this_node(model: str) -> Path:
     """Usually there already; a replica on another node fetches it, and says so in its log."""
     from engine.loader.fetch import resolve_model
     from engine.loader.progress import PlainProgress
 
-    return resolve_model(config.model, cache_dir=cache_dir(), progress=PlainProgress(logger.info))
+    return resolve_model(model, cache_dir=cache_dir(), progress=PlainProgress(logger.info))
 
 
 def bind(
-    config: AppConfig, load_engine: Callable[[], "LLMEngine"], load_model: Callable[[], "ServedModel"]
+    config: AppConfig,
+    load_engine: Callable[["Resolve | None"], "LLMEngine"],
+    load_model: Callable[[], "ServedModel"],
+    load_draft: Callable[[], "LoadedDraft"] | None = None,
 ) -> "Application":
-    """The deployments and how they hang together. The loaders run in the replicas; `device` has been resolved."""
+    """The deployments and how they hang together. The loaders run in the replicas; `device` has been resolved.
+
+    load_draft: of the draft deployment, which there is with speculative=remote only.
+    """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -150,14 +241,12 @@ def bind(
         "graceful_shutdown_timeout_s": _DRAIN_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
     }
-    actor_options: dict[str, Any] = {"num_cpus": config.engine_num_cpus, "num_gpus": int(config.device == "cuda")}
-    if config.device == "cpu":
-        actor_options["runtime_env"] = {"env_vars": _CPU_ENVIRONMENT}
+    environment = {"runtime_env": {"env_vars": _CPU_ENVIRONMENT}} if config.device == "cpu" else {}
     engine = serve.deployment(
         Engine,
         name=ENGINE_DEPLOYMENT,
         num_replicas=config.engine_replicas,
-        ray_actor_options=actor_options,
+        ray_actor_options={"num_cpus": config.engine_num_cpus, "num_gpus": config.engine_num_gpus, **environment},
         max_ongoing_requests=config.engine_max_ongoing_requests,
         request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
         logging_config={"enable_access_log": False},  # a line for every acknowledgement says nothing
@@ -171,5 +260,19 @@ def bind(
         max_ongoing_requests=config.ingress_max_ongoing_requests,
         **common,
     )
-    application: Application = ingress.bind(engine.bind(load_engine), load_model, config.max_queued_requests)
+    engine_arguments: list[Any] = [load_engine]
+    if load_draft is not None:
+        from serve_app.draft_deployment import Draft
+
+        draft = serve.deployment(
+            Draft,
+            name=DRAFT_DEPLOYMENT,
+            num_replicas=config.draft_replicas,
+            ray_actor_options={"num_cpus": config.draft_num_cpus, "num_gpus": config.draft_gpu_share, **environment},
+            max_ongoing_requests=_DRAFT_MAX_ONGOING_REQUESTS,
+            logging_config={"enable_access_log": False},
+            **common,
+        )
+        engine_arguments.append(draft.bind(load_draft))
+    application: Application = ingress.bind(engine.bind(*engine_arguments), load_model, config.max_queued_requests)
     return application

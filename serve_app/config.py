@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.config import (
+    MAX_DRAFT_TOKENS,
     CacheConfig,
     Device,
     DType,
@@ -18,6 +19,8 @@ from engine.config import (
     ModelConfig,
     Quantization,
     SchedulerConfig,
+    SpeculativeConfig,
+    SpeculativeMethod,
 )
 from engine.errors import ConfigError
 from engine.loader.catalogue import DEFAULT_MODEL
@@ -32,6 +35,7 @@ _CALL_HEADROOM = 1024
 # A step that mixes a prompt's chunk in keeps the decoding requests waiting: 256 rows take a CPU about 0.3 s with the
 # default model, and a GPU needs some thousand to be busy.
 TOKEN_BUDGETS = {"cpu": 256, "cuda": 2048}
+DRAFT_GPU_SHARE = 0.25  # of a card that engine and draft share; the draft models in use are a fifth of their target
 
 
 def _none_from_text(value: Any) -> Any:
@@ -46,6 +50,11 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _off_from_false(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
+
+
 _COUNT = "a whole number of at least 1"
 _AtLeast1 = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 _AtLeast2 = Annotated[int, BeforeValidator(_no_bool), Field(ge=2)]
@@ -55,6 +64,7 @@ _NoneFromText = BeforeValidator(_none_from_text)
 
 _Count = Annotated[_AtLeast1, Field(description=_COUNT)]
 _OptionalCount = Annotated[_AtLeast1 | None, _NoneFromText, Field(description=f"none or {_COUNT}")]
+_MOST = MAX_DRAFT_TOKENS
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
 
@@ -94,13 +104,62 @@ class AppConfig(BaseModel):
     ingress_replicas: _Count = 1
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
+    speculative: Annotated[Literal["off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = Field(
+        "off", description="one of off, ngram, local, remote"
+    )
+    draft_model: Annotated[_Text | None, _NoneFromText] = Field(
+        None, description="none, or like model: a catalogue name, a path or a hub id"
+    )
+    num_draft_tokens: Literal["adaptive"] | Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_MOST)] = Field(
+        "adaptive", description=f"adaptive or a whole number from 1 to {_MOST}"
+    )
+    draft_replicas: _Count = 1
+    draft_num_cpus: _Cpus = 0.5
+    draft_num_gpus: Annotated[_AboveZero | None, _NoneFromText] = Field(
+        None, description="none, a number below 0.5 (a share of the engine's GPU) or 1 (a GPU of its own)"
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.kv_cache_memory_gb is not None and self.num_kv_blocks is not None:
             raise ConfigError("kv_cache_memory_gb and num_kv_blocks both size the KV cache: give one of them")
         self._cache_config()
+        self._check_speculation()
         return self
+
+    def _check_speculation(self) -> None:
+        has_model = self.speculative in ("local", "remote")
+        if has_model and self.draft_model is None:
+            raise ConfigError(f"speculative={self.speculative} needs a draft_model")
+        if not has_model and self.draft_model is not None:
+            raise ConfigError(
+                f"draft_model={self.draft_model} does nothing with speculative={self.speculative}: "
+                "set speculative to local or remote"
+            )
+        if self.speculative == "off" and self.num_draft_tokens != "adaptive":
+            raise ConfigError("num_draft_tokens does nothing with speculative=off: set it to ngram, local or remote")
+        for name in ("draft_replicas", "draft_num_cpus", "draft_num_gpus"):
+            if self.speculative != "remote" and getattr(self, name) != AppConfig.model_fields[name].default:
+                raise ConfigError(f"{name} is for speculative=remote, not {self.speculative}")
+        share = self.draft_num_gpus
+        if share is not None and not (share < 0.5 or share == 1):
+            # With a half or more, the rests of two engines would count as one GPU, and Ray would give both the same.
+            description = AppConfig.model_fields["draft_num_gpus"].description
+            raise ConfigError(f"draft_num_gpus must be {description}, not {share:g}")
+
+    @property
+    def draft_gpu_share(self) -> float:
+        """What a remote draft counts as on a GPU; 0 on a CPU. `device` must have been resolved."""
+        assert self.device != "auto"
+        if self.device == "cpu" or self.speculative != "remote":
+            return 0.0
+        return DRAFT_GPU_SHARE if self.draft_num_gpus is None else self.draft_num_gpus
+
+    @property
+    def engine_num_gpus(self) -> float:
+        """What an engine counts as: a whole GPU, or what a draft that shares it leaves. These are Ray's books alone;
+        the memory is shared out by CacheConfig.device_share, and the time by the driver."""
+        return (self.device == "cuda") - (self.draft_gpu_share if self.draft_gpu_share < 1 else 0.0)
 
     @property
     def model_name(self) -> str:
@@ -115,6 +174,7 @@ class AppConfig(BaseModel):
             memory_bytes=None if gigabytes is None else int(gigabytes * _BYTES_PER_GB),
             enable_prefix_caching=self.enable_prefix_caching,
             dtype=KVCacheDType(self.kv_cache_dtype),
+            device_share=1.0 if self.device == "auto" else self.engine_num_gpus or 1.0,
         )
 
     def resolve_max_model_len(self, model: ModelConfig) -> int:
@@ -130,8 +190,9 @@ class AppConfig(BaseModel):
             )
         return self.max_model_len or limit
 
-    def engine_config(self, model: ModelConfig) -> EngineConfig:
-        """The engine's own record. `device` must have been resolved (not auto).
+    def engine_config(self, model: ModelConfig, draft_model_path: Path | None = None) -> EngineConfig:
+        """The engine's own record. `device` must have been resolved (not auto). draft_model_path: where the
+        draft model lies on this node, for speculative=local.
 
         Raises:
             ConfigError: a setting does not go with the model or the device.
@@ -139,6 +200,14 @@ class AppConfig(BaseModel):
         assert self.device != "auto"
         if self.num_threads is not None and self.device != "cpu":
             raise ConfigError("num_threads is for device=cpu: on a GPU it would do nothing")
+        if self.draft_num_gpus is not None and self.device != "cuda":
+            raise ConfigError("draft_num_gpus is for device=cuda: there is no GPU to be shared")
+        speculative = SpeculativeConfig(
+            method=SpeculativeMethod(self.speculative),
+            num_draft_tokens=None if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
+            draft_model_path=draft_model_path,
+        )
+        speculates = speculative.method is not SpeculativeMethod.OFF
         return EngineConfig(
             device=Device(self.device),
             dtype=None if self.dtype == "auto" else DType(self.dtype),
@@ -149,8 +218,32 @@ class AppConfig(BaseModel):
                 token_budget=self.token_budget or TOKEN_BUDGETS[self.device],
                 max_prefill_chunk=self.max_prefill_chunk,
                 max_model_len=self.resolve_max_model_len(model),
+                # All of one request's, or one for each: with more requests than that, drafts would not pay off.
+                max_draft_tokens=max(self.max_num_seqs, MAX_DRAFT_TOKENS) if speculates else 0,
             ),
+            speculative=speculative,
             num_threads=self.num_threads,
+        )
+
+    def draft_config(self, model: ModelConfig) -> EngineConfig:
+        """The record of a remote draft model, in its own process; its KV cache has the default size of its share.
+
+        Raises:
+            ConfigError: a setting does not go with the model or the device.
+        """
+        assert self.speculative == "remote"
+        limit = model.max_position_embeddings
+        return EngineConfig(
+            device=Device(self.device),
+            dtype=None if self.dtype == "auto" else DType(self.dtype),
+            quantization=resolve_quantization(model, Quantization.NONE),
+            cache=CacheConfig(block_size=self.block_size, device_share=self.draft_gpu_share or 1.0),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                token_budget=self.token_budget or TOKEN_BUDGETS[self.device],
+                max_model_len=min(self.max_model_len or limit, limit),
+            ),
+            num_threads=max(1, int(self.draft_num_cpus)) if self.device == "cpu" else None,
         )
 
     @property

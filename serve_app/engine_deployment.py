@@ -5,12 +5,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 
+import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineDeadError, SlipstreamError
 from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
+from serve_app.draft_endpoints import DraftEndpoints
+from serve_app.draft_link import Resolve
 from serve_app.group_stream import GroupStream, Outbox, requests_of
 from serve_app.messages import (
     HEARTBEAT_S,
@@ -28,17 +32,20 @@ STOP_TIMEOUT_S = 10.0  # for the step under way
 class Engine:
     """A Serve deployment. Its calls carry messages of serve_app.messages; `replica_id` is for the router.
 
-    `load` makes the engine, in the replica: constructing it may take as long as the weights take to read.
+    `load` makes the engine, in the replica: constructing it may take as long as the weights take to read. Where
+    there is a draft deployment, it is told how to find its replicas.
     """
 
-    def __init__(self, load: Callable[[], LLMEngine]) -> None:
+    def __init__(
+        self, load: Callable[[Resolve | None], LLMEngine], draft: DeploymentHandle[object] | None = None
+    ) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._num_requests = 0
         self._outbox: Outbox | None = None
         self._ticker: asyncio.Task[None] | None = None
         try:
-            engine = load()
+            engine = load(None if draft is None else DraftEndpoints(draft, ray.get_runtime_context().get_node_id()))
         except SlipstreamError as error:
             raise RuntimeError(f"slipstream: {error}") from None  # one line in Serve's status
         self._fingerprint = engine.fingerprint

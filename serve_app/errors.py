@@ -17,3 +17,7 @@ class UnavailableError(SlipstreamError):
 
 class GenerationError(SlipstreamError):
     """The engine failed this request (HTTP 500, or an error event once the stream has begun)."""
+
+
+class DraftDeadError(SlipstreamError):
+    """The draft server's thread has stopped or hangs."""

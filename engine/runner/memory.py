@@ -164,10 +164,13 @@ def plan_num_blocks(
     else:
         budget = cache.memory_bytes
         if budget is None:
-            free = read_memory(device).free_bytes
+            reading = read_memory(device)
+            free = reading.free_bytes
             if device.type == "cpu":
                 budget = min(max(CPU_DEFAULT_BYTES, needed * per_block), int(free * CPU_FRACTION))
             else:
+                if cache.device_share < 1.0:  # what is free says nothing: the others may have yet to start
+                    free = min(free, int(cache.device_share * reading.total_bytes) - reading.allocated_bytes)
                 budget = max(0, min(int(free * CUDA_FRACTION), free - later_bytes(model, scheduler)))
         # More than this no set of running requests can use.
         num_blocks = min(budget // per_block, scheduler.max_num_seqs * blocks_of_longest + 1)

@@ -1,16 +1,22 @@
 """A draft model: continuous batching for mirrors of requests that are decoded elsewhere."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from engine.batch import ScheduledChunk, ScheduledStep
 from engine.cache.block_manager import BlockManager
 from engine.cache.block_pool import BlockPool
-from engine.config import SchedulerConfig
+from engine.config import EngineConfig, SchedulerConfig
+from engine.loader.checkpoint import Checkpoint
+from engine.quantize.formats import resolve_quantization
 from engine.request import SamplingParams
+from engine.runner.device import prepare_device
 from engine.runner.forward import Forward
 from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.runner.out_of_memory import is_out_of_memory
+from engine.runner.start_forward import start_forward
+from engine.runner.start_up import StartUp
 from engine.sampling.sampler import Sampler
 from engine.speculative.mirror import Mirror
 
@@ -34,6 +40,32 @@ class DraftModel:
         self._mirrors: dict[str, Mirror] = {}  # asked for longest ago first
         self._in_flight: LaunchedStep | None = None
         self._grown: dict[str, None] = {}  # keys that no step has returned yet, in order
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, config: EngineConfig, start_up: StartUp | None = None
+    ) -> "DraftModel":
+        """Load a model. `start_up` shows how far that is, and keeps the memory plan.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            ConfigError: the configuration does not fit the model or the device.
+        """
+        model = checkpoint.config
+        device, dtype = prepare_device(config)
+        max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
+        limits = replace(config.scheduler, max_model_len=max_model_len)
+        forward = start_forward(
+            checkpoint,
+            device,
+            dtype,
+            resolve_quantization(model, config.quantization),
+            config.cache,
+            limits,
+            warm_up=config.warm_up,
+            start_up=start_up or StartUp(),
+        )
+        return cls(forward, Sampler(model.eos_token_ids), model.vocab_size, limits)
 
     @property
     def num_mirrors(self) -> int:

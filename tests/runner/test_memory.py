@@ -81,6 +81,18 @@ def test_graphs_find_room_behind_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
     assert memory.later_bytes(replace(LLAMA, num_layers=80), limits) > later
 
 
+def test_a_share_of_a_device_is_kept_whoever_starts_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = SchedulerConfig(max_num_seqs=10**6, max_model_len=2048)
+    shared = CacheConfig(device_share=0.25)
+    blocks = blocks_with(monkeypatch, 80 * GIB, shared, limits)
+    assert blocks == blocks_with(monkeypatch, 20 * GIB, CacheConfig(), limits)
+    assert blocks_with(monkeypatch, 10 * GIB, shared, limits) < blocks, "no more than there is"
+    reading = MemoryReading("Some GPU", 80 * GIB, 70 * GIB, allocated_bytes=5 * GIB)  # weights are part of the share
+    monkeypatch.setattr(memory, "read_memory", lambda _device: reading)
+    with_weights = plan_num_blocks(LLAMA, shared, limits, torch.bfloat16, CUDA)
+    assert with_weights == blocks_with(monkeypatch, 15 * GIB, CacheConfig(), limits)
+
+
 def test_a_cache_for_less_than_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = SchedulerConfig(max_model_len=1_000_000)
     message = (

@@ -26,6 +26,11 @@ def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0) -> li
     return [(sum(prompt_token_ids) + 1000 * choice_index + position) % 40_000 for position in range(count)]
 
 
+def load_fake_engine(_find_drafts: object) -> "FakeEngine":
+    """What bind() wants."""
+    return FakeEngine()
+
+
 class FakeEngine:
     """Duck-typed LLMEngine: one token for each request and step, a step every `step_s`."""
 

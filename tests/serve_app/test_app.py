@@ -1,5 +1,6 @@
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.serve.exceptions import RayServeException
@@ -7,8 +8,13 @@ from safetensors.torch import load_file, save_file
 
 import serve_app
 from engine.errors import ConfigError, ModelError
-from serve_app.app import app, check_model, load_engine, logger
+from engine.llm_engine import LLMEngine
+from engine.loader.checkpoint import open_checkpoint
+from engine.request import Request, SamplingParams
+from serve_app.app import app, check_draft_model, check_model, load_draft, load_engine, logger
 from serve_app.config import parse_config
+from serve_app.draft_messages import MirrorOpening, Round
+from serve_app.draft_mirrors import MirrorKeeper
 from serve_app.launch import check_http_port, in_command_line, starts_ray_here
 from tests.tiny_models import write_tiny_model
 
@@ -47,6 +53,95 @@ def test_missing_tensor_is_named_before_a_replica_starts(tmp_path: Path) -> None
 def test_model_that_is_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         check_model(parse_config({"model": str(tmp_path / "missing.gguf"), "device": "cpu"}))
+
+
+def speculating(tmp_path: Path, **draft: Any) -> dict[str, Any]:
+    """Arguments with a target and a draft, which may differ from it."""
+    arguments = {"device": "cpu", "speculative": "remote", "draft_model": str(tmp_path / "draft")}
+    write_tiny_model(tmp_path / "target")
+    write_tiny_model(tmp_path / "draft", num_hidden_layers=1, **draft)
+    return {"model": str(tmp_path / "target"), **arguments}
+
+
+def no_tokenizer(path: Path) -> Any:
+    raise ModelError(f"{path}: no tokenizer")
+
+
+def test_a_draft_of_another_vocabulary_is_refused_with_both_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", lambda _: None)
+    arguments = speculating(tmp_path, vocab_size=321)
+    with pytest.raises(RayServeException) as caught:
+        app(arguments)
+    assert str(caught.value) == (
+        f"slipstream: draft model {tmp_path}/draft has a vocabulary of 321 tokens and {tmp_path}/target one of 320: "
+        "a draft model must have the vocabulary of its target"
+    )
+    with pytest.raises(RayServeException, match="a vocabulary of 321 tokens"):
+        app({**arguments, "speculative": "local"})
+
+
+def test_a_draft_without_a_tokenizer_is_taken_at_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", no_tokenizer)
+    config = parse_config(speculating(tmp_path))
+    target = open_checkpoint(tmp_path / "target")
+    check_draft_model(config, tmp_path / "draft", target, no_tokenizer)  # type: ignore[arg-type]
+
+
+def test_a_draft_of_other_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, same, other = FakeTokenizer("a b c <x>"), FakeTokenizer("a b c <y>"), FakeTokenizer("a b d <x>")
+    config = parse_config(speculating(tmp_path))
+    checkpoint = open_checkpoint(tmp_path / "target")
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", lambda _: same)
+    check_draft_model(config, tmp_path / "draft", checkpoint, target)  # type: ignore[arg-type]
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", lambda _: other)
+    with pytest.raises(ConfigError, match=r"draft has b'd' for token 2 and .*/target has b'c': a draft model must"):
+        check_draft_model(config, tmp_path / "draft", checkpoint, target)  # type: ignore[arg-type]
+
+
+def test_a_broken_draft_is_named_before_a_replica_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", lambda _: None)
+    arguments = speculating(tmp_path)
+    (tmp_path / "draft" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(RayServeException, match=r"^slipstream: .*draft/model\.safetensors"):
+        app(arguments)
+
+
+def test_a_draft_replica_drafts_as_the_model_itself_would_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "info", lambda _: None)
+    directory = write_tiny_model(tmp_path)
+    config = parse_config({"model": "m", "device": "cpu", "speculative": "remote", "draft_model": str(directory)})
+    draft = load_draft(config)
+    checkpoint = open_checkpoint(directory)
+    assert (draft.model_name, draft.fingerprint) == (str(directory), checkpoint.fingerprint)
+    keeper = MirrorKeeper(draft.drafter)
+    prompt, sampling = [5, 6, 7], SamplingParams(seed=3, max_tokens=9, ignore_eos=True)
+    keeper.apply((0, b"engine"), Round(1, [MirrorOpening("x", prompt, [], sampling, 0)], [], [("x", 4)]))
+    drafts: list[int] = []
+    while keeper.has_work:
+        keeper.work()
+        for _, reply in keeper.replies():
+            drafts = reply.drafts[0].token_ids
+    engine = LLMEngine.from_checkpoint(checkpoint, config.draft_config(checkpoint.config))
+    [request] = engine.generate([Request("r", prompt, sampling)])
+    assert drafts == request.output_token_ids
+
+
+class FakeTokenizer:
+    """Words as tokens; those in angle brackets are special."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words.split()
+        self.vocab_size = len(self._words)
+
+    def is_special(self, token_id: int) -> bool:
+        return self._words[token_id].startswith("<")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._words[token_id].encode()
 
 
 def test_a_replicas_log_tells_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

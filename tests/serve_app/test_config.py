@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from engine.config import (
     Quantization,
     RopeConfig,
     SchedulerConfig,
+    SpeculativeConfig,
+    SpeculativeMethod,
 )
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
@@ -79,7 +82,9 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     engine |= {"quantization", "kv_cache_dtype"}
     service = {"model", "served_model_name", "max_queued_requests"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
-    assert set(AppConfig.model_fields) == engine | service | placement
+    placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
+    speculation = {"speculative", "draft_model", "num_draft_tokens"}
+    assert set(AppConfig.model_fields) == engine | service | placement | speculation
 
 
 def test_none_as_text() -> None:
@@ -115,6 +120,14 @@ def test_unknown_name_lists_what_is_accepted() -> None:
         ("engine_num_cpus", "nan", "a number above 0"),
         ("model", "", "a catalogue name"),
         ("model", 5, "a catalogue name"),
+        ("speculative", "eagle", "one of off, ngram, local, remote"),
+        ("speculative", True, "one of off, ngram, local, remote"),
+        ("num_draft_tokens", "0", "adaptive or a whole number from 1 to 16"),
+        ("num_draft_tokens", "17", "adaptive or a whole number from 1 to 16"),
+        ("num_draft_tokens", True, "adaptive or a whole number from 1 to 16"),
+        ("draft_model", "", "none, or like model"),
+        ("draft_replicas", "0", "a whole number of at least 1"),
+        ("draft_num_gpus", "0", "none, a number below 0.5"),
     ],
 )
 def test_wrong_value_says_what_is_accepted(name: str, value: object, accepted: str) -> None:
@@ -143,6 +156,105 @@ def test_quantization_follows_the_stored_weights() -> None:
 def test_threads_are_for_the_cpu() -> None:
     with pytest.raises(ConfigError, match="num_threads is for device=cpu"):
         parse_config({"num_threads": "2", "device": "cuda"}).engine_config(MODEL)
+
+
+def test_speculation_reaches_the_engine() -> None:
+    off = parse_config({"device": "cpu", "speculative": False}).engine_config(MODEL)  # as YAML reads off
+    assert (off.speculative, off.scheduler.max_draft_tokens) == (SpeculativeConfig(), 0)
+    ngram = parse_config({"device": "cpu", "speculative": "ngram", "num_draft_tokens": "5"}).engine_config(MODEL)
+    assert ngram.speculative == SpeculativeConfig(SpeculativeMethod.NGRAM, num_draft_tokens=5)
+    assert ngram.scheduler.max_draft_tokens == 256
+    single = parse_config({"device": "cpu", "speculative": "ngram", "max_num_seqs": "1"}).engine_config(MODEL)
+    assert (single.speculative.num_draft_tokens, single.scheduler.max_draft_tokens) == (None, 16)
+    local = parse_config({"device": "cpu", "speculative": "local", "draft_model": "d"})
+    path = Path("/models/d")
+    assert local.engine_config(MODEL, path).speculative == SpeculativeConfig(
+        SpeculativeMethod.LOCAL, draft_model_path=path
+    )
+    remote = parse_config({"device": "cpu", "speculative": "remote", "draft_model": "d"})
+    assert remote.engine_config(MODEL).speculative == SpeculativeConfig(SpeculativeMethod.REMOTE)
+
+
+def test_a_remote_draft_has_a_record_of_its_own() -> None:
+    arguments = {"speculative": "remote", "draft_model": "d", "max_num_seqs": "7", "token_budget": "70"}
+    draft = replace(MODEL, max_position_embeddings=400)
+    config = parse_config({**arguments, "device": "cpu", "draft_num_cpus": "2.5", "dtype": "bfloat16"})
+    assert config.draft_config(draft) == EngineConfig(
+        dtype=DType.BFLOAT16,
+        scheduler=SchedulerConfig(max_num_seqs=7, token_budget=70, max_model_len=400),
+        num_threads=2,
+    )
+    assert parse_config({**arguments, "device": "cpu"}).draft_config(draft).num_threads == 1
+    shorter = parse_config({**arguments, "device": "cuda", "max_model_len": "300"}).draft_config(draft)
+    assert (shorter.scheduler.max_model_len, shorter.num_threads) == (300, None)
+
+
+def shares(**arguments: object) -> tuple[float, float, float, float | None]:
+    """What Ray is told of engine and draft, and what they take of the memory of a GPU."""
+    config = parse_config({"device": "cuda", **arguments})
+    engine = config.engine_config(MODEL).cache.device_share
+    draft = config.draft_config(MODEL).cache.device_share if config.speculative == "remote" else None
+    return config.engine_num_gpus, config.draft_gpu_share, engine, draft
+
+
+def test_engine_and_draft_share_a_gpu() -> None:
+    remote = {"speculative": "remote", "draft_model": "d"}
+    assert shares() == (1.0, 0.0, 1.0, None)
+    assert shares(speculative="ngram") == (1.0, 0.0, 1.0, None)
+    assert shares(**remote) == (0.75, 0.25, 0.75, 0.25)
+    assert shares(**remote, draft_num_gpus="0.125") == (0.875, 0.125, 0.875, 0.125)
+    assert shares(**remote, draft_num_gpus="1") == (1.0, 1.0, 1.0, 1.0)
+    on_cpu = parse_config({"device": "cpu", **remote})
+    assert (on_cpu.engine_num_gpus, on_cpu.draft_gpu_share) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speculative": "remote"}, "speculative=remote needs a draft_model"),
+        ({"speculative": "local", "draft_model": "none"}, "speculative=local needs a draft_model"),
+        ({"draft_model": "d"}, "draft_model=d does nothing with speculative=off: set speculative to local or remote"),
+        ({"draft_model": "d", "speculative": "ngram"}, "draft_model=d does nothing with speculative=ngram"),
+        ({"num_draft_tokens": "3"}, "num_draft_tokens does nothing with speculative=off"),
+        ({"draft_replicas": "2"}, "draft_replicas is for speculative=remote, not off"),
+        ({"draft_num_cpus": "2", "speculative": "ngram"}, "draft_num_cpus is for speculative=remote, not ngram"),
+        (
+            {"draft_num_gpus": "0.2", "speculative": "local", "draft_model": "d"},
+            "draft_num_gpus is for speculative=remote, not local",
+        ),
+        (
+            {"draft_num_gpus": "0.5", "speculative": "remote", "draft_model": "d"},
+            "draft_num_gpus must be none, a number below 0.5 .*, not 0.5",
+        ),
+    ],
+)
+def test_speculation_makes_sense_as_a_whole(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        parse_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_share_of_a_gpu_needs_one() -> None:
+    config = parse_config({"device": "cpu", "speculative": "remote", "draft_model": "d", "draft_num_gpus": "0.2"})
+    with pytest.raises(ConfigError, match="draft_num_gpus is for device=cuda"):
+        config.engine_config(MODEL)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_draft_tokens": 0},
+        {"num_draft_tokens": 17},
+        {"method": SpeculativeMethod.LOCAL},
+        {"method": SpeculativeMethod.NGRAM, "draft_model_path": Path("d")},
+    ],
+)
+def test_the_record_itself_is_checked(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="draft"):
+        SpeculativeConfig(**settings)
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="device_share"):
+            CacheConfig(device_share=share)
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

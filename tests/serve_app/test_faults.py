@@ -21,7 +21,7 @@ from serve_app.group import PlacedPrompt
 from serve_app.messages import SubmittedPrompt
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
-from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, FakeEngine, answer
+from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
 
 APPLICATION = "scripted"
 MAX_QUEUED = 8
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.fixture(scope="module")
 def url(serve_cluster: str, default_model_path: Path) -> Iterator[str]:  # noqa: ARG001 - replicas find it in the cache
     config = parse_config({"device": "cpu", "engine_replicas": 2, "max_queued_requests": MAX_QUEUED})
-    application = bind(config, FakeEngine, partial(load_served_model, config))
+    application = bind(config, load_fake_engine, partial(load_served_model, config))
     serve.run(application, name=APPLICATION, route_prefix=f"/{APPLICATION}")
     yield f"{serve_cluster}/{APPLICATION}/v1/completions"
     if APPLICATION in serve.status().applications:

@@ -1,0 +1,39 @@
+"""A draft server in a process of its own, to be killed and stopped. Its first line of output is its address."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from serve_app.draft_mirrors import MirrorKeeper
+from serve_app.draft_server import DraftServer, LoadedDraft
+from serve_app.draft_transport import Endpoint
+from tests.serve_app.toy_drafter import ToyDrafter
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def draft_process(name: str = "toy") -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
+    """The process, which is killed in the end, and where it listens."""
+    command = [sys.executable, "-m", "tests.serve_app.draft_process", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            yield process, Endpoint(process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    drafter = ToyDrafter()
+    server = DraftServer(LoadedDraft(drafter, sys.argv[1], "fp"), MirrorKeeper(drafter))
+    server.start()
+    print(server.ipc.address, flush=True)
+    sys.stdin.read()  # until the test has gone
+    server.shutdown()
+
+
+if __name__ == "__main__":
+    main()
