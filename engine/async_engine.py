@@ -126,6 +126,7 @@ class AsyncEngine:
                 self._stats = self.engine.stats()
                 self._last_progress_s = monotonic()
             self._end_all(FinishReason.ABORT, None)
+            self.engine.close()
         except BaseException as error:  # a broken invariant: nothing this thread could go on with
             logger.exception("the engine thread ends")
             self._failure = error

@@ -15,13 +15,16 @@ from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.quantize.formats import resolve_quantization
 from engine.request import FinishReason, Request, RequestOutput, RequestStatus, TokenLogprobs
 from engine.runner.device import prepare_device
+from engine.runner.memory import read_memory
 from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.runner.out_of_memory import is_out_of_memory, step_ran_out
 from engine.runner.start_forward import start_forward
 from engine.runner.start_up import Phase, StartUp
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler
+from engine.speculative.proposer import Proposer
 from engine.speculative.speculation import Speculation
+from engine.speculative.start_proposer import start_proposer
 from engine.stats import EngineStats
 
 STEP_TIME_SMOOTHING = 0.1  # weight of the newest step in the moving average
@@ -71,11 +74,19 @@ class LLMEngine:
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, config: EngineConfig, start_up: StartUp | None = None
+        cls,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        start_up: StartUp | None = None,
+        proposer: Proposer | None = None,
     ) -> "LLMEngine":
-        """The same from a checkpoint that is open already."""
+        """The same from a checkpoint that is open already. proposer: of drafts, with SpeculativeMethod.REMOTE."""
+        start_up = start_up or StartUp()
         model = checkpoint.config
         device, dtype = prepare_device(config)
+        empty = read_memory(device)
+        if proposer is None:
+            proposer = start_proposer(config, model, start_up)
         max_model_len = min(config.scheduler.max_model_len, model.max_position_embeddings)
         scheduling = replace(config.scheduler, max_model_len=max_model_len)
         quantization = resolve_quantization(model, config.quantization)
@@ -87,11 +98,16 @@ class LLMEngine:
             config.cache,
             scheduling,
             warm_up=config.warm_up,
-            start_up=start_up or StartUp(),
+            start_up=start_up,
+            draft_bytes=read_memory(device).allocated_bytes - empty.allocated_bytes,
         )
         sampler = Sampler(model.eos_token_ids)
         pool = BlockPool(forward.kv_cache.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
         blocks = BlockManager(pool)
+        speculation = None
+        if proposer is not None:
+            num_draft_tokens = config.speculative.num_draft_tokens
+            speculation = Speculation(proposer, num_draft_tokens, scheduling.max_draft_tokens, forward.padded_sizes)
         return cls(
             ModelRunner(forward, sampler),
             Scheduler(scheduling, blocks),
@@ -100,6 +116,7 @@ class LLMEngine:
             vocab_size=model.vocab_size,
             max_model_len=max_model_len,
             fingerprint=fingerprint(checkpoint.fingerprint, device, dtype, quantization, config.cache.dtype),
+            speculation=speculation,
         )
 
     def add(self, request: Request) -> None:
@@ -174,6 +191,11 @@ class LLMEngine:
         assert not self.has_work, "steps are under way"
         self._settle()
         return self._runner.forward.prepare_next()
+
+    def close(self) -> None:
+        """Let go of what lies outside the process, such as a draft model. No more steps."""
+        if self._speculation:
+            self._speculation.close()
 
     def _settle(self) -> None:
         """Wait for a step that concerns nobody any more: the device must be done with its buffers."""

@@ -169,12 +169,7 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
     proposer = RemoteProposer(
         find_drafts, NgramProposer(), vocab_size=checkpoint.config.vocab_size, target_name=config.model
     )
-    return LLMEngine.from_checkpoint(
-        checkpoint,
-        engine_config,
-        start_up,
-        proposer=proposer,  # type: ignore[call-arg,unused-ignore]
-    )
+    return LLMEngine.from_checkpoint(checkpoint, engine_config, start_up, proposer)
 
 
 def load_draft(config: AppConfig) -> "LoadedDraft":

@@ -15,6 +15,8 @@ from engine.request import Request
 from engine.runner.step_rows import StepRows
 from engine.sampling.greedy import greedy_choices
 
+LARGEST_PADDED = 512  # rows, past which a step takes the longer for each that it has
+
 
 @dataclass(frozen=True)
 class _Computed:
@@ -37,6 +39,9 @@ class EagerForward:
     def __init__(self, decoder: ReferenceDecoder, kv_cache: KVCache) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self.padded_sizes: Sequence[int] = sorted(
+            {decoder.padded_rows(num_rows) for num_rows in range(1, LARGEST_PADDED + 1)}
+        )
 
     @property
     def dtype(self) -> torch.dtype:

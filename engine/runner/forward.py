@@ -47,6 +47,7 @@ class Forward(Protocol):
     """A decoder with its KV cache and the way to call it."""
 
     kv_cache: KVCache
+    padded_sizes: Sequence[int]  # of rows, ascending: steps are padded to the next of them; empty if they are not
     feeds_back: bool  # whether a step may be launched while the choices of the one before it are unread
 
     @property

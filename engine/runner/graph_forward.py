@@ -68,6 +68,7 @@ class GraphForward:
         max_logit_rows = limits.max_logit_rows
         self._verifies = limits.max_draft_tokens > 0
         self._buckets = StepBuckets(limits.token_budget, max_logit_rows, self._verifies, decoder.device)
+        self.padded_sizes: Sequence[int] = self._buckets.sizes
         decoder.reserve(self._buckets.sizes[-1], max_logit_rows)
         self._sampler = DeviceSampler(decoder.config.vocab_size, limits.max_num_seqs, max_logit_rows, decoder.device)
         self._graph_memory = torch.cuda.graph_pool_handle() if self._on_gpu else None

@@ -50,8 +50,8 @@ class MemoryPlan:
     """What the memory of a device is used for once an engine is ready, in bytes.
 
     weights_bytes: all copies of them. workspace_bytes: activations, attention's partial results, logits and the inputs
-    of steps. graph_bytes: what the device had less of after steps were compiled and captured than before. kv_cache:
-    `num_blocks` blocks, the null block included.
+    of steps. graph_bytes: what the device had less of after steps were compiled and captured than before. draft_bytes:
+    tensors of a draft model in this process. kv_cache: `num_blocks` blocks, the null block included.
     """
 
     device_name: str
@@ -65,6 +65,7 @@ class MemoryPlan:
     block_bytes: int
     max_model_len: int
     graph_bytes: int
+    draft_bytes: int = 0
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -85,7 +86,7 @@ class MemoryPlan:
         """Neither ours nor free: libraries, the driver's context, other processes. On a CPU, pages of the KV cache that
         nobody has written yet are both planned and free."""
         planned = self.weights_bytes + self.workspace_bytes + self.sampler_bytes + self.kv_cache_bytes
-        return max(0, self.total_bytes - self.free_bytes - planned - self.graph_bytes)
+        return max(0, self.total_bytes - self.free_bytes - planned - self.graph_bytes - self.draft_bytes)
 
     def lines(self) -> list[str]:
         """A table for a log; parts that this device does not have are left out."""
@@ -99,6 +100,7 @@ class MemoryPlan:
             ("sampler state", self.sampler_bytes, ""),
             ("KV cache", self.kv_cache_bytes, cache),
             ("CUDA graphs and kernels", self.graph_bytes, ""),
+            ("draft model", self.draft_bytes, ""),
             ("other (libraries, processes)", self.other_bytes, ""),
         ]
         rows = [part for part in parts if part[1]] + [("free", self.free_bytes, "")]

@@ -21,10 +21,12 @@ def start_forward(
     *,
     warm_up: bool,
     start_up: StartUp,
+    draft_bytes: int = 0,
 ) -> Forward:
     """Load the weights, share out the memory, and if asked to, compile and capture what most steps need.
 
-    `quantization` has been resolved. `start_up` hears of each phase, and in the end where the memory went.
+    `quantization` has been resolved. `start_up` hears of each phase, and in the end where the memory went, of which
+    `draft_bytes` were taken before.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -64,6 +66,7 @@ def start_forward(
             block_bytes=block_bytes,
             max_model_len=limits.max_model_len,
             graph_bytes=max(0, planned.free_bytes - ready.free_bytes) if device.type == "cuda" else 0,
+            draft_bytes=draft_bytes,
         )
     )
     return forward

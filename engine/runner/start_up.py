@@ -14,6 +14,7 @@ class Phase(StrEnum):
     """In the order that they come in."""
 
     HEADERS = "reading headers"
+    DRAFT = "loading the draft model"
     WEIGHTS = "loading weights"
     MEMORY = "planning memory"
     STEPS = "compiling and capturing steps"

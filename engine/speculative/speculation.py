@@ -36,7 +36,7 @@ class Speculation:
         padded_sizes: Sequence[int] = (),
     ) -> None:
         """num_draft_tokens: of each request in each step; None chooses. max_draft_tokens: of all requests in a step.
-        padded_sizes: the row counts that the device's steps are padded to."""
+        padded_sizes: the row counts that the device's steps are padded to; empty if they are not."""
         self.proposer = proposer
         self._num_draft_tokens = num_draft_tokens
         self._max_draft_tokens = max_draft_tokens

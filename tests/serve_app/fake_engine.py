@@ -57,6 +57,9 @@ class FakeEngine:
     def prepare_next(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def step(self) -> list[RequestOutput]:
         self._num_steps += 1
         audible = {key: running for key, running in self._running.items() if running.prompt_kind != IS_SILENT}
