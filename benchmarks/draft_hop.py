@@ -98,7 +98,8 @@ def server_process() -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
         finally:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()  # ends it, and its directory with it
 
 
 def measure(proposer: RemoteProposer, num_requests: int, num_rounds: int) -> list[float]:

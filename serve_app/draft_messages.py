@@ -89,8 +89,9 @@ class MirrorDrafts(msgspec.Struct, array_like=True):
 
 
 class Drafts(msgspec.Struct, tag="drafts", array_like=True):
-    """From the draft: as soon as a request has what was ordered, again when the draft has run ahead, and once in a
-    while without any drafts, as a sign of life. A request that is in it has been answered, with however few drafts.
+    """From the draft: as soon as a request has what was ordered (a new one: its first draft), again when the draft has
+    run ahead, and once in a while without any drafts, as a sign of life. A request that is in it has been answered,
+    with however few drafts.
 
     round_number: of the last round that was carried out before. unknown: mirrors that are lost, to be opened anew.
     refused: mirrors that were not opened, for there are too many.

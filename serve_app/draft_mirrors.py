@@ -25,6 +25,7 @@ class _Mirror:
     last_heard_s: float
     num_ordered: int = 0  # by the last order
     num_asked: int = 0  # of the drafter
+    is_new: bool = True  # nothing has been answered yet
 
 
 @dataclass(eq=False, slots=True)
@@ -48,8 +49,11 @@ class _Engine:
 class MirrorKeeper:
     """Carries out the rounds of all engines with one drafter.
 
-    What is ordered comes first. When every order is answered, the drafter runs ahead: it takes its drafts for accepted
-    and goes on, so that after full acceptance the next ones are there when they are ordered.
+    A new mirror is answered with its first draft, whatever was ordered: the prompt has been read, and from now on the
+    engine may wait. (If it took all the drafts, a draft model hardly faster than its target would run after it for
+    long, for each of the target's tokens takes one away.) After that, what is ordered comes first. When every order is
+    answered, the drafter runs ahead: it takes its drafts for accepted and goes on, so that after full acceptance the
+    next ones are there when they are ordered.
     """
 
     def __init__(
@@ -221,7 +225,7 @@ class MirrorKeeper:
         return 2 * mirror.num_ordered + 1 if self._runs_ahead and mirror.num_ordered else mirror.num_ordered
 
     def _answer_if_ready(self, mirror: _Mirror) -> None:
-        if len(self._drafter.drafts(mirror.name)[1]) >= mirror.num_ordered:
+        if len(self._drafter.drafts(mirror.name)[1]) >= (1 if mirror.is_new else mirror.num_ordered):
             self._answer(mirror)
 
     def _on_growth(self, mirror: _Mirror) -> None:
@@ -231,6 +235,7 @@ class MirrorKeeper:
             mirror.engine.ready[mirror.key] = mirror
 
     def _answer(self, mirror: _Mirror) -> None:
+        mirror.is_new = False
         mirror.engine.ready[mirror.key] = mirror
         del self._due[mirror.name]
         self._orders_changed = True

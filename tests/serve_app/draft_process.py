@@ -1,5 +1,6 @@
 """A draft server in a process of its own, to be killed and stopped. Its first line of output is its address."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,11 +20,14 @@ def draft_process(name: str = "toy") -> Iterator[tuple[subprocess.Popen[str], En
     """The process, which is killed in the end, and where it listens."""
     command = [sys.executable, "-m", "tests.serve_app.draft_process", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        endpoint = Endpoint(process.stdout.readline().strip())
         try:
-            assert process.stdout is not None
-            yield process, Endpoint(process.stdout.readline().strip())
+            yield process, endpoint
         finally:
             process.kill()
+            process.wait()
+            shutil.rmtree(Path(endpoint.address.removeprefix("ipc://")).parent)  # killed, it leaves its directory
 
 
 def main() -> None:

@@ -34,22 +34,36 @@ def drafts_of(replies: Sequence[tuple[draft_mirrors.Peer, Drafts]]) -> list[Mirr
     return [drafts for _, message in replies for drafts in message.drafts]
 
 
+def opened(keeper: MirrorKeeper, key: str, num_draft_tokens: int, peer: draft_mirrors.Peer = A) -> None:
+    """A request that is new no more."""
+    keeper.apply(peer, Round(1, [opening(key)], [], [(key, 1)]))
+    run(keeper)
+    keeper.apply(peer, Round(2, [], [], [(key, num_draft_tokens)]))
+
+
+def test_a_new_request_is_answered_with_its_first_draft() -> None:
+    keeper = MirrorKeeper(ToyDrafter(), runs_ahead=False)
+    keeper.apply(A, Round(1, [opening("x")], [], [("x", 3)]))
+    ahead = continuation(PROMPT, 3)
+    assert drafts_of(run(keeper)) == [MirrorDrafts("x", 3, ahead[:1]), MirrorDrafts("x", 3, ahead)]
+
+
 def test_an_order_is_answered_at_once_and_again_after_running_ahead() -> None:
     keeper = MirrorKeeper(ToyDrafter())
-    keeper.apply(A, Round(1, [opening("x")], [], [("x", 3)]))
+    opened(keeper, "x", 5)
     replies = run(keeper)
     assert [peer for peer, _ in replies] == [A, A]
-    assert [message.round_number for _, message in replies] == [1, 1]
-    ahead = continuation(PROMPT, 7)
-    assert drafts_of(replies) == [MirrorDrafts("x", 3, ahead[:3]), MirrorDrafts("x", 3, ahead)]
+    assert [message.round_number for _, message in replies] == [2, 2]
+    ahead = continuation(PROMPT, 11)
+    assert drafts_of(replies) == [MirrorDrafts("x", 3, ahead[:5]), MirrorDrafts("x", 3, ahead)]
     assert replies[0][1].num_mirrors == 1
 
-    keeper.apply(A, Round(2, [], [Acceptance("x", 3, ahead[:4])], [("x", 3)]))
+    keeper.apply(A, Round(3, [], [Acceptance("x", 3, ahead[:4])], [("x", 3)]))
     keeper.work()  # full acceptance: the next drafts are there
     [(_, reply)] = keeper.replies()
-    assert reply.round_number == 2
+    assert reply.round_number == 3
     assert reply.drafts[0].position == 7
-    assert reply.drafts[0].token_ids[:3] == ahead[4:]
+    assert reply.drafts[0].token_ids[:7] == ahead[4:]
 
 
 def test_rejected_drafts_are_drafted_anew() -> None:
@@ -72,11 +86,10 @@ def test_orders_come_before_running_ahead() -> None:
     drafter = ToyDrafter()
     keeper = MirrorKeeper(drafter)
     keeper.apply(A, Round(1, [opening("x")], [], [("x", 8)]))
-    while not keeper.replies():
-        keeper.work()
-    keeper.work()  # x runs ahead
+    while len(drafter.drafts("1.x")[1]) < 9:
+        keeper.work()  # x runs ahead
+    keeper.replies()
     num_ahead = len(drafter.drafts("1.x")[1])
-    assert num_ahead == 9
     keeper.apply(B, Round(1, [opening("y", [9])], [], [("y", 2)]))
     replies: list[tuple[draft_mirrors.Peer, Drafts]] = []
     while not replies:
@@ -91,7 +104,7 @@ def test_engines_may_use_the_same_keys() -> None:
     keeper = MirrorKeeper(ToyDrafter(), runs_ahead=False)
     keeper.apply(A, Round(1, [opening("x", [1])], [], [("x", 2)]))
     keeper.apply(B, Round(5, [opening("x", [2])], [], [("x", 2)]))
-    replies = {peer: message for peer, message in run(keeper) if message.drafts}
+    replies = {peer: message for peer, message in run(keeper) if message.drafts}  # the last of each
     assert replies[A].drafts == [MirrorDrafts("x", 1, continuation([1], 2))]
     assert replies[B].drafts == [MirrorDrafts("x", 1, continuation([2], 2))]
     assert (replies[A].round_number, replies[B].round_number) == (1, 5)
@@ -128,7 +141,7 @@ def test_too_many_mirrors_are_refused() -> None:
     replies = run(keeper)
     assert [message.refused for _, message in replies if message.refused] == [["z"]]
     assert not any(message.unknown for _, message in replies)
-    assert sorted(drafts.key for drafts in drafts_of(replies)) == ["x", "y"]
+    assert {drafts.key for drafts in drafts_of(replies)} == {"x", "y"}
     keeper.apply(A, Round(2, [opening("z")], [], [("z", 1)], ["x"]))  # drops come first
     assert [drafts.key for drafts in drafts_of(run(keeper))] == ["z"]
     keeper.apply(A, Round(3, [opening("z", [7])], [], [("z", 1)]))  # replaces its own
