@@ -5,7 +5,8 @@ each earlier position of its request holds exactly that, so a wrongly shared, re
 an error at once, and the token it samples is a function of what the cache holds, not of what the request says.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 from engine.batch import ScheduledChunk, ScheduledStep
 from engine.cache.block_manager import BlockManager
@@ -38,8 +39,11 @@ class SimulatedKV:
         self.block_size = block_size
         self.slots: dict[int, Prefix | None] = {}
 
-    def run(self, chunks: list[ScheduledChunk], broken: Request | None = None) -> list[int | None]:
-        """Compute a step; returns a token for each chunk that samples. The KV of `broken`'s chunk comes out wrong."""
+    def run(self, chunks: list[ScheduledChunk], broken: Request | None = None) -> list[list[int | None]]:
+        """Compute a step. Returns for each chunk that samples a token behind its last known one and behind each draft.
+
+        The KV of `broken`'s chunk comes out wrong.
+        """
         for chunk in chunks:
             self._check(chunk.request, chunk.start)
         written: set[int] = set()
@@ -48,16 +52,19 @@ class SimulatedKV:
                 assert slot not in written, f"slot {slot} is written twice in a step"
                 assert slot >= self.block_size, "a request writes to the null block"
                 written.add(slot)
-                prefix = tuple(chunk.request.token_ids(0, position + 1))
+                prefix = (*chunk.request.token_ids(0, position + 1), *chunk.draft_token_ids)[: position + 1]
                 self.slots[slot] = None if chunk.request is broken else prefix
-        sampled: list[int | None] = []
+        sampled: list[list[int | None]] = []
         for chunk in chunks:
             if chunk.request is not broken:
-                self._check(chunk.request, chunk.stop)  # nobody else wrote over it in this step
+                # Nobody else wrote over it in this step.
+                self._check(chunk.request, chunk.start + chunk.num_known_tokens)
             if chunk.samples:
-                (_, slot), *_ = self._slots(chunk.request, chunk.stop - 1, chunk.stop)
-                prefix = self.slots[slot]
-                sampled.append(None if prefix is None else next_token(prefix))
+                held = [
+                    self.slots[slot]
+                    for _, slot in self._slots(chunk.request, chunk.stop - chunk.num_samples, chunk.stop)
+                ]
+                sampled.append([None if prefix is None else next_token(prefix) for prefix in held])
         return sampled
 
     def _check(self, request: Request, stop: int) -> None:
@@ -82,7 +89,9 @@ class SimulatedEngine:
         self.kv = SimulatedKV(block_size)
         self.requests: list[Request] = []
         self.num_steps = 0
+        self.num_accepted_tokens = 0
         self._last_admission_step = -(10**9)
+        self._draw = random.Random(1)
 
     @property
     def max_num_tokens(self) -> int:
@@ -103,11 +112,12 @@ class SimulatedEngine:
         the request of the chunk numbered `aborting` is aborted while the step runs."""
         before = self.scheduler.running
         waiting = self.scheduler.waiting
+        self._propose()
         step = self.scheduler.schedule()
         self._check_step(step, before, waiting)
         chunks = step.chunks
         broken = chunks[failing % len(chunks)].request if failing is not None and chunks else None
-        sampling = [chunk.request for chunk in chunks if chunk.samples]
+        sampling = [(chunk.request, chunk.draft_token_ids) for chunk in chunks if chunk.samples]
         sampled = self.kv.run(chunks, broken)
         if broken is not None and not late:
             self.scheduler.finish(broken, FinishReason.ERROR)
@@ -116,16 +126,37 @@ class SimulatedEngine:
         self.scheduler.commit(step)
         if broken is not None and late:
             self.scheduler.finish(broken, FinishReason.ERROR)
-        for request, token in zip(sampling, sampled, strict=True):
+        for (request, drafts), tokens in zip(sampling, sampled, strict=True):
             if request.status is RequestStatus.RUNNING:
-                assert token is not None
-                request.append_output(token)
-                num_outputs = len(request.output_token_ids)
-                if num_outputs == request.sampling.max_tokens or request.num_tokens == self.config.max_model_len:
-                    self.scheduler.finish(request, FinishReason.LENGTH)
+                self._advance(request, drafts, tokens)
         self.scheduler.check_integrity()
         self.num_steps += 1
         return step
+
+    def _propose(self) -> None:
+        """Up to three drafts for those that decode, each with the odds to be right that a guess has, or better ones."""
+        for request in self.scheduler.running if self.config.max_draft_tokens else ():
+            tokens = request.token_ids(0, request.num_tokens)
+            for _ in range(self._draw.randrange(4)):
+                is_right = self._draw.random() < 0.6
+                tokens.append(next_token(tuple(tokens)) if is_right else self._draw.randrange(VOCAB_SIZE))
+            request.draft_token_ids = tokens[request.num_tokens :]
+
+    def _advance(self, request: Request, drafts: Sequence[int], tokens: list[int | None]) -> None:
+        num_accepted = 0
+        for place, token in enumerate(tokens):
+            assert token is not None
+            request.append_output(token)
+            num_outputs = len(request.output_token_ids)
+            if num_outputs == request.sampling.max_tokens or request.num_tokens == self.config.max_model_len:
+                self.scheduler.finish(request, FinishReason.LENGTH)
+                return
+            if place == len(drafts) or token != drafts[place]:
+                break
+            num_accepted += 1
+        if num_accepted:
+            self.scheduler.accept(request, num_accepted)
+            self.num_accepted_tokens += num_accepted
 
     def drain(self) -> None:
         """Step until all is done, which must be soon, in the right words, and leave nothing behind."""
@@ -156,13 +187,16 @@ class SimulatedEngine:
         config, scheduler = self.config, self.scheduler
         assert step.num_scheduled_tokens <= config.token_budget
         assert scheduler.num_running <= config.max_num_seqs
+        assert step.num_draft_tokens == sum(len(chunk.draft_token_ids) for chunk in step.chunks)
+        assert step.num_draft_tokens <= config.max_draft_tokens
         longest = config.max_prefill_chunk or config.token_budget
         rows = {chunk.request: chunk for chunk in step.chunks}
         assert len(rows) == len(step.chunks), "a request has two chunks in a step"
         for chunk in step.chunks:
-            assert 1 <= chunk.num_scheduled_tokens <= longest
+            assert 1 <= chunk.num_known_tokens <= longest
             assert chunk.start == chunk.request.num_computed_tokens
-            assert chunk.stop <= chunk.request.num_tokens
+            assert chunk.stop <= chunk.request.num_tokens + len(chunk.draft_token_ids)
+            assert chunk.samples or not chunk.draft_token_ids
             assert chunk.request.status is RequestStatus.RUNNING
         # Whoever was decoding and is still here has its row; the first to prefill has at least one.
         prefilling = [r for r in before if r in scheduler.running and r.num_tokens - r.num_computed_tokens > 1]
@@ -178,7 +212,9 @@ class SimulatedEngine:
         survivors = [self._rank(request) for request in scheduler.running]
         assert all(self._rank(victim) > max(survivors, default=(-1e9, 0)) for victim in step.preempted)
         if step.preempted:
-            assert self.num_steps - self._last_admission_step > self.cache.block_size, "an admission cost a preemption"
+            # A block lasts for `block_size` steps, or with three drafts accepted in each, a quarter of that.
+            steps_for_a_block = self.cache.block_size // (4 if config.max_draft_tokens else 1)
+            assert self.num_steps - self._last_admission_step > steps_for_a_block, "an admission cost a preemption"
         if admitted:
             self._last_admission_step = self.num_steps
         for request in step.exhausted:

@@ -25,6 +25,7 @@ def engines(num_blocks: st.SearchStrategy[int]) -> st.SearchStrategy[SimulatedEn
         token_budget=st.integers(1, 9),
         max_prefill_chunk=st.none() | st.integers(1, 4),
         max_model_len=st.sampled_from([12, 100]),
+        max_draft_tokens=st.sampled_from([0, 0, 2, 20]),
         priority_aging_s=st.sampled_from([0.0, 3.0, 20.0]),
     )
     return st.builds(SimulatedEngine, configs, num_blocks, st.sampled_from([1, 2, 4]), st.booleans())
@@ -96,6 +97,7 @@ def test_requests_that_outgrow_the_pool_together_all_finish(
             engine.add(list(prompt), max_tokens, priority)
     engine.drain()
     event("preempted" if engine.scheduler.num_preemptions else "not preempted")
+    event("accepted" if engine.num_accepted_tokens else "not accepted")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -113,3 +115,20 @@ def test_a_flood_of_urgent_requests_does_not_starve_another(aging_s: float, urge
     num_ahead = urgency * aging_s + 1
     assert engine.num_steps <= num_ahead * 4 / 2 + 4 + 3 + 2
     engine.drain()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(budget=st.integers(3, 12), num_requests=st.integers(1, 3), limit=st.integers(1, 12))
+def test_drafts_take_what_rows_are_left(budget: int, num_requests: int, limit: int) -> None:
+    config = SchedulerConfig(max_num_seqs=3, token_budget=budget, max_draft_tokens=limit, max_model_len=64)
+    engine = SimulatedEngine(config, num_blocks=100, block_size=4)
+    for _ in range(num_requests):
+        engine.add([0], max_tokens=40)
+    engine.step()
+    for request in engine.scheduler.running:
+        request.draft_token_ids = [0] * 4
+    step = engine.scheduler.schedule()
+    assert step.num_draft_tokens == min(4 * num_requests, budget - num_requests, limit)
+    assert [len(chunk.draft_token_ids) for chunk in step.chunks] == sorted(
+        (len(chunk.draft_token_ids) for chunk in step.chunks), reverse=True
+    )  # the most urgent ones first
