@@ -184,7 +184,7 @@ def load_draft(config: AppConfig) -> "LoadedDraft":
     start_up = LoggedStartUp(logger.info)
     with start_up.phase(Phase.HEADERS):
         checkpoint = open_checkpoint(path)
-    drafter = DraftModel.from_checkpoint(checkpoint, config.draft_config(checkpoint.config), start_up)
+    drafter = DraftModel.from_checkpoint(checkpoint, config.draft_config(checkpoint.config), start_up, may_branch=True)
     return LoadedDraft(drafter, config.draft_model, checkpoint.fingerprint)
 
 

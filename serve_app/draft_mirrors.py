@@ -11,6 +11,7 @@ from serve_app.draft_messages import Drafts, MalformedError, MirrorDrafts, Mirro
 MAX_MIRRORS = 1024
 MIRROR_IDLE_S = 60.0  # a request that no round names for so long is given up; should it live on, it is opened anew
 STEP_TIME_SMOOTHING = 0.1
+NUM_BRANCHES = 3  # of each request: rows that a pass of the draft model has for nearly nothing
 
 Peer = tuple[int, bytes]  # a connection: which of the server's sockets, and ZeroMQ's name for it there
 
@@ -53,7 +54,7 @@ class MirrorKeeper:
     engine may wait. (If it took all the drafts, a draft model hardly faster than its target would run after it for
     long, for each of the target's tokens takes one away.) After that, what is ordered comes first. When every order is
     answered, the drafter runs ahead: it takes its drafts for accepted and goes on, so that after full acceptance the
-    next ones are there when they are ordered.
+    next ones are there when they are ordered; then it drafts behind the likeliest corrections.
     """
 
     def __init__(
@@ -233,6 +234,8 @@ class MirrorKeeper:
             self._answer_if_ready(mirror)
         elif len(self._drafter.drafts(mirror.name)[1]) >= self._target(mirror):
             mirror.engine.ready[mirror.key] = mirror
+            if self._runs_ahead:
+                self._drafter.branch(mirror.name, NUM_BRANCHES, mirror.num_ordered)
 
     def _answer(self, mirror: _Mirror) -> None:
         mirror.is_new = False

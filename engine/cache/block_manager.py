@@ -85,6 +85,16 @@ class BlockManager:
             request.block_table += self.pool.allocate(num_new)
         return True
 
+    def share(self, request: Request, other: Request, num_tokens: int) -> int:
+        """Give `other`, which has no blocks, the whole blocks of `request` that hold its first `num_tokens` tokens.
+
+        Returns how many tokens these are. Nobody may write to them any more while both have them.
+        """
+        assert not other.block_table, f"request {other.request_id} has blocks"
+        other.block_table[:] = request.block_table[: num_tokens // self.block_size]
+        self.pool.touch(other.block_table)
+        return len(other.block_table) * self.block_size
+
     def commit(self, request: Request) -> None:
         """Register the blocks that `num_computed_tokens` has filled: their KV is written and their tokens are final."""
         if not self.pool.enable_prefix_caching:

@@ -35,6 +35,13 @@ class Drafter(Protocol):
         """Have this many drafts behind the accepted tokens. Where there are more already, they stay."""
         ...
 
+    def branch(self, key: str, num_branches: int, num_draft_tokens: int) -> None:
+        """Prepare for the likeliest corrections of drafts that are there: have so many drafts behind each of these too.
+
+        A drafter may do without. Until something of the mirror is accepted, further calls change nothing.
+        """
+        ...
+
     def drop(self, key: str) -> None:
         """Forget a mirror; an unknown one is passed over."""
         ...

@@ -82,6 +82,9 @@ class ToyDrafter:
     def order(self, key: str, num_draft_tokens: int) -> None:
         self.mirrors[key].num_wanted = num_draft_tokens
 
+    def branch(self, key: str, num_branches: int, num_draft_tokens: int) -> None:
+        """It does without."""
+
     def drop(self, key: str) -> None:
         self.mirrors.pop(key, None)
 

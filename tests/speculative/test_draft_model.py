@@ -23,13 +23,13 @@ from tests.tiny_models import write_tiny_model
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 
 
-def make_model(num_blocks: int = 200, **limits: Any) -> tuple[DraftModel, HashDecoder]:
+def make_model(num_blocks: int = 200, *, may_branch: bool = False, **limits: Any) -> tuple[DraftModel, HashDecoder]:
     """With the device's way to run steps, one ahead of the host."""
     config = SchedulerConfig(**{"max_model_len": 100, "max_num_seqs": 20, "token_budget": 40} | limits)
     decoder = HashDecoder(2, num_blocks)
     kv_cache = SimpleNamespace(num_blocks=num_blocks, block_size=2)
     forward = GraphForward(decoder, lambda: kv_cache, config)  # type: ignore[arg-type, return-value]
-    return DraftModel(forward, Sampler(()), VOCAB_SIZE, config), decoder
+    return DraftModel(forward, Sampler(()), VOCAB_SIZE, config, may_branch=may_branch), decoder
 
 
 def settle(model: DraftModel) -> list[str]:
@@ -95,14 +95,22 @@ def test_what_a_mirror_does_not_know() -> None:
         model.drafts("a")
 
 
-@pytest.mark.parametrize("num_blocks", [31, 400])
-@pytest.mark.parametrize("limits", [{}, {"max_num_seqs": 2, "token_budget": 7}])
-def test_many_mirrors(num_blocks: int, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "limits", "may_branch"),
+    [
+        (31, {}, False),
+        (31, {"token_budget": 12}, True),
+        (400, {"max_num_seqs": 2, "token_budget": 7}, False),
+        (400, {}, True),
+    ],
+)
+def test_many_mirrors(num_blocks: int, limits: dict[str, int], may_branch: bool) -> None:
     """Random rounds; in the small pool mirrors lose their blocks to others, and compute their tokens again."""
-    model, _ = make_model(num_blocks, **limits)
+    model, _ = make_model(num_blocks, may_branch=may_branch, **limits)
     draw = random.Random(num_blocks)
     tokens: dict[str, list[int]] = {}
-    for turn in range(60):
+    num_branches = 0
+    for turn in range(40):
         key = str(draw.randrange(8))
         if key not in tokens or len(tokens[key]) > 40:
             tokens[key] = [draw.randrange(90) for _ in range(draw.randrange(1, 20))]
@@ -111,11 +119,16 @@ def test_many_mirrors(num_blocks: int, limits: dict[str, int]) -> None:
             base, known = model.drafts(key)
             assert base == len(tokens[key])
             more = known[: draw.randrange(4)] + [draw.randrange(90) for _ in range(draw.randrange(1, 3))]
+            if may_branch and draw.random() < 0.5:
+                num_branches += bool(corrections := model._mirrors[key].branches)
+                for position, token in corrections:
+                    more = [*known[: position - base], token]
             assert model.accept(key, base, more)
             tokens[key] += more
         model.order(key, draw.randrange(5))
         for _ in range(draw.randrange(3)):
             model.step()
+        model.branch(key, draw.randrange(1, 4), draw.randrange(1, 4))
         model.check_integrity()
         if turn % 10 == 9:
             settle(model)
@@ -126,6 +139,52 @@ def test_many_mirrors(num_blocks: int, limits: dict[str, int]) -> None:
     for name in tokens:
         model.drop(name)
     assert model._blocks.pool.num_blocks_in_use == 0
+    assert not model._mirror_of
+    assert (num_branches > 0) == may_branch
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_branch_that_comes_true(at: int) -> None:
+    """What the target chooses in place of a draft was thought of: the drafts behind it are there at once."""
+    model, decoder = make_model(may_branch=True)
+    prompt = [*range(3, 20)]
+    model.open("a", prompt, [], GREEDY, 0)
+    ahead = drafts(model, "a", 5)
+    model.branch("a", 3, 4)
+    model.branch("a", 3, 4)  # once is enough
+    settle(model)
+    mirror = model._mirrors["a"]
+    # All other tokens of this model are equally likely: the lowest of them, at the first places.
+    others = [int(ahead[place] == 0) for place in range(3)]
+    assert sorted(mirror.branches) == [(len(prompt) + place, others[place]) for place in range(3)]
+    assert all(len(branch.drafts) == 4 for branch in mirror.branches.values())
+    num_calls = decoder.num_calls
+    chosen = [*ahead[:at], others[at]]
+    assert model.accept("a", len(prompt), chosen)
+    expected = expected_output(prompt + chosen, 6)
+    assert model.drafts("a") == (len(prompt) + at + 1, expected[:4])
+    assert not mirror.branches
+    assert not model.has_work or model._mirrors["a"].num_ordered_tokens > 4
+    assert decoder.num_calls == num_calls
+    assert drafts(model, "a", 6) == expected
+    model.check_integrity()
+
+
+def test_branches_go_with_what_they_hang_on() -> None:
+    model, _ = make_model(may_branch=True)
+    model.open("a", [1, 2, 3], [], GREEDY, 0)
+    ahead = drafts(model, "a", 6)
+    model.branch("a", 6, 2)
+    settle(model)
+    assert len(model._mirrors["a"].branches) == 6
+    assert model.accept("a", 3, ahead[:2])  # as drafted: the branches behind may still come true
+    assert sorted(place for place, _ in model._mirrors["a"].branches) == [5, 6, 7, 8]
+    model.check_integrity()
+    assert model.accept("a", 5, [(ahead[2] + 7) % 90 + 2])  # as nobody thought
+    assert not model._mirrors["a"].branches
+    model.check_integrity()
+    model.branch("a", 3, 2)  # nothing is drafted
+    assert not model._mirrors["a"].branches
 
 
 def test_no_numbers_no_drafts() -> None:
