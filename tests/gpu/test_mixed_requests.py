@@ -87,7 +87,7 @@ class Outcome:
 Outcomes = dict[str, Outcome]
 
 
-def make_engine(path: Path, scale: Scale, prefix_caching: bool) -> LLMEngine:
+def make_engine(path: Path, scale: Scale, prefix_caching: bool, max_draft_tokens: int = 0) -> LLMEngine:
     longest = scale.longest_prompt + scale.longest_output
     blocks = 2 * scale.max_num_seqs * (1 + longest // 16)  # some of them for the prefixes of those who have left
     config = EngineConfig(
@@ -96,7 +96,10 @@ def make_engine(path: Path, scale: Scale, prefix_caching: bool) -> LLMEngine:
         quantization=scale.quantization,
         cache=CacheConfig(16, blocks, enable_prefix_caching=prefix_caching, dtype=scale.cache_dtype),
         scheduler=SchedulerConfig(
-            max_num_seqs=scale.max_num_seqs, token_budget=scale.token_budget, max_model_len=longest + 1
+            max_num_seqs=scale.max_num_seqs,
+            token_budget=scale.token_budget,
+            max_model_len=longest + 1,
+            max_draft_tokens=max_draft_tokens,
         ),
         num_threads=1,
         warm_up=False,

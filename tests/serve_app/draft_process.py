@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.loader.checkpoint import open_checkpoint
+from engine.speculative.draft_model import DraftModel
+from engine.speculative.drafter import Drafter
 from serve_app.draft_mirrors import MirrorKeeper
 from serve_app.draft_server import DraftServer, LoadedDraft
 from serve_app.draft_transport import Endpoint
@@ -16,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def draft_process(name: str = "toy") -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
-    """The process, which is killed in the end, and where it listens."""
-    command = [sys.executable, "-m", "tests.serve_app.draft_process", name]
+def draft_process(name: str = "toy", *model: str) -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
+    """The process, which is killed in the end, and where it listens. model: path, device and dtype; else a toy."""
+    command = [sys.executable, "-m", "tests.serve_app.draft_process", name, *model]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         endpoint = Endpoint(process.stdout.readline().strip())
@@ -30,8 +34,20 @@ def draft_process(name: str = "toy") -> Iterator[tuple[subprocess.Popen[str], En
             shutil.rmtree(Path(endpoint.address.removeprefix("ipc://")).parent)  # killed, it leaves its directory
 
 
+def _load(path: str, device: str, dtype: str) -> DraftModel:
+    config = EngineConfig(
+        device=Device(device),
+        dtype=DType(dtype),
+        cache=CacheConfig(num_blocks=4000),
+        scheduler=SchedulerConfig(max_model_len=1024, token_budget=512),
+        num_threads=1,
+        warm_up=False,
+    )
+    return DraftModel.from_checkpoint(open_checkpoint(Path(path)), config, may_branch=True)
+
+
 def main() -> None:
-    drafter = ToyDrafter()
+    drafter: Drafter = _load(*sys.argv[2:]) if len(sys.argv) > 2 else ToyDrafter()
     server = DraftServer(LoadedDraft(drafter, sys.argv[1], "fp"), MirrorKeeper(drafter))
     server.start()
     print(server.ipc.address, flush=True)
