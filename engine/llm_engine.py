@@ -151,7 +151,7 @@ class LLMEngine:
             return None
         if self._speculation:
             self._speculation.forget(request)
-        return RequestOutput(request_id, finish_reason=FinishReason.ABORT)
+        return RequestOutput.last(request, FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample, commit. Returns what became of every request that the step moved on or ended.
@@ -271,9 +271,17 @@ class LLMEngine:
             reason = FinishReason.LENGTH
         if reason is not None:
             self._finish(request, reason)
-        # By position: half the time of keywords, and a full step makes hundreds.
-        num_cached_tokens = request.num_cached_tokens
-        return RequestOutput(request.request_id, (token_id,), logprobs, reason, stop_token_id, None, num_cached_tokens)
+        return RequestOutput(  # by position: half the time of keywords, and a full step makes hundreds
+            request.request_id,
+            (token_id,),
+            logprobs,
+            reason,
+            stop_token_id,
+            None,
+            request.num_cached_tokens,
+            request.num_drafted_tokens,
+            request.num_accepted_tokens,
+        )
 
     def _advance_by_drafts(
         self, request: Request, tokens: Sequence[SampledToken], num_drafted_tokens: int
@@ -299,7 +307,7 @@ class LLMEngine:
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
         self._finish(request, reason)
-        return RequestOutput(request.request_id, finish_reason=reason, error=error)
+        return RequestOutput.last(request, reason, error)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request, reason)

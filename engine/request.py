@@ -119,7 +119,7 @@ class Request:
     num_preemptions: int = 0
     draft_token_ids: Sequence[int] = ()  # proposed for the next step
     num_drafted_tokens: int = 0  # that have been verified
-    num_accepted_tokens: int = 0  # of those, the ones that the target chose too
+    num_accepted_tokens: int = 0  # of those, the ones that the target chose too and that were output
     finish_reason: FinishReason | None = None
     num_tokens: int = field(init=False)  # of prompt and output, with the pending one
 
@@ -185,6 +185,18 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it (the last of token_ids)
     error: str | None = None  # with FinishReason.ERROR
-    num_cached_tokens: int = 0
-    num_drafted_tokens: int = 0  # of the request up to now; only in the outputs of steps that verified drafts of it
+    num_cached_tokens: int = 0  # of the prompt
+    num_drafted_tokens: int = 0  # these two of the request up to now, also where the step verified no drafts of it
     num_accepted_tokens: int = 0
+
+    @classmethod
+    def last(cls, request: Request, reason: FinishReason, error: str | None = None) -> "RequestOutput":
+        """Of a request that has ended without another token."""
+        return cls(
+            request.request_id,
+            finish_reason=reason,
+            error=error,
+            num_cached_tokens=request.num_cached_tokens,
+            num_drafted_tokens=request.num_drafted_tokens,
+            num_accepted_tokens=request.num_accepted_tokens,
+        )

@@ -3,6 +3,24 @@
 from dataclasses import dataclass
 
 
+@dataclass(slots=True)  # not frozen: its owner counts in it, and hands out copies
+class RemoteStats:
+    """How it goes with a draft model in another process; counters count from the engine's start. `is_connected` is as
+    of the last round: an engine without requests does not look."""
+
+    rounds: int = 0  # calls for drafts, whether the draft could be asked or not
+    missed_rounds: int = 0  # of those, waited for in vain
+    remote_proposals: int = 0  # orders that got drafts from the draft model
+    fallback_proposals: int = 0  # orders that got some from the fallback
+    garbage: int = 0  # malformed messages, and answers that cannot be meant
+    reconnects: int = 0  # connections after the first
+    hop_latency_s: float = 0.0  # moving average from sending a round to its first answer, where it was waited for
+    last_hop_latency_s: float = 0.0
+    is_connected: bool = False
+    num_mirrors: int = 0  # of the draft, for all its engines
+    draft_step_time_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class SpeculationStats:
     """Drafts and what the target made of them; counters count from the engine's start."""
@@ -10,6 +28,7 @@ class SpeculationStats:
     num_rounds: int = 0  # verifications of one request's drafts
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    remote: RemoteStats | None = None  # None: the drafts come from the engine's own process
 
     @property
     def acceptance_rate(self) -> float:

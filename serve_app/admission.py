@@ -1,7 +1,8 @@
 """The seam between the HTTP handlers and the engine: what a handler hands over and what it gets back."""
 
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.request import RequestOutput, SamplingParams
@@ -19,6 +20,7 @@ class GenerateCall:
     max_tokens: int | None  # None: whatever the context still holds
     add_special_tokens: bool  # False where a chat template has already written them
     priority: int = 0
+    arrival_s: float = field(default_factory=time.monotonic)  # when the request had been read
 
 
 class TokenStream(Protocol):

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import zmq
 
 from engine.request import Request
 from engine.speculative.proposer import DraftOrder, Proposer
+from engine.stats import RemoteStats
 from serve_app.circuit_breaker import CircuitBreaker
 from serve_app.draft_book import MirrorBook
 from serve_app.draft_link import Connection, DraftLink, Resolve
@@ -31,24 +32,6 @@ MAX_MESSAGES_AT_ONCE = 64  # a server that says more than that is not listened t
 POLL_PAUSE_S = 0.0005  # between looks for answers that nobody waits for
 SPIN_S = 0.002  # a poll counts whole milliseconds: so long before the end of a wait the thread looks again and again
 HOP_SMOOTHING = 0.1  # weight of the newest round in the moving average
-
-
-@dataclass(slots=True)
-class RemoteDraftStats:
-    """What became of the rounds of one engine; counters count from its start. `is_connected` is as of the last round:
-    an engine without requests does not look."""
-
-    rounds: int = 0  # calls for drafts, whether the draft could be asked or not
-    missed_rounds: int = 0  # of those, waited for in vain
-    remote_proposals: int = 0  # orders that got drafts from the draft model
-    fallback_proposals: int = 0  # orders that got some from the fallback
-    garbage: int = 0  # malformed messages, and answers that cannot be meant
-    reconnects: int = 0  # connections after the first
-    hop_latency_s: float = 0.0  # moving average from sending a round to its first answer, where it was waited for
-    last_hop_latency_s: float = 0.0
-    is_connected: bool = False
-    num_mirrors: int = 0  # of the draft, for all its engines
-    draft_step_time_s: float = 0.0
 
 
 class RemoteProposer:
@@ -83,9 +66,9 @@ class RemoteProposer:
         self._unanswered_since_s: float | None = None
         self._last_poll_s = 0.0
         self._malformed = MalformedCount("the draft server")
-        self._stats = RemoteDraftStats()
+        self._stats = RemoteStats()
 
-    def stats(self) -> RemoteDraftStats:
+    def stats(self) -> RemoteStats:
         """A copy, for any thread."""
         return replace(self._stats, garbage=self._malformed.count + self._book.num_garbage)
 

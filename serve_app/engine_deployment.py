@@ -1,6 +1,7 @@
 """The engine replica: one process, one engine; a thread that steps and an event loop that talks."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
@@ -25,6 +26,7 @@ from serve_app.messages import (
     decode_submission,
     encode,
 )
+from serve_app.metrics import REPORT_S, EngineMetrics
 
 STOP_TIMEOUT_S = 10.0  # for the step under way
 
@@ -42,6 +44,7 @@ class Engine:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._num_requests = 0
+        self._metrics = EngineMetrics()
         self._outbox: Outbox | None = None
         self._ticker: asyncio.Task[None] | None = None
         try:
@@ -97,7 +100,8 @@ class Engine:
         return self._engine.stats()
 
     async def check_health(self) -> None:
-        """Serve replaces the replica after repeated failures of this."""
+        """Serve replaces the replica after repeated failures of this. From the first one on, there are metrics."""
+        self._ready_outbox()
         self._engine.check_health()
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -112,7 +116,8 @@ class Engine:
         return self._outbox
 
     async def _tick(self) -> None:
-        """Heartbeats of all groups. A dead engine sends none: it ends every group with an error instead."""
+        """Heartbeats of all groups, and metrics. A dead engine has neither: it ends every group with an error."""
+        reported_s = -REPORT_S
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
@@ -126,6 +131,9 @@ class Engine:
             self._num_requests = stats.num_requests_running + stats.num_requests_waiting
             for group in self._groups.values():
                 group.tick()
+            if time.monotonic() - reported_s >= REPORT_S:
+                reported_s = time.monotonic()
+                self._metrics.report(stats)
 
     async def __del__(self) -> None:
         """Serve awaits this once the calls have ended, or when the time for draining is over."""

@@ -13,6 +13,7 @@ from engine.tokenizer import Tokenizer
 from serve_app.admitter import BatchAdmitter
 from serve_app.engine_client import EngineClient
 from serve_app.http import build_http_app
+from serve_app.metrics import IngressMetrics
 from serve_app.readiness import ReadinessCheck
 
 
@@ -47,6 +48,7 @@ class Ingress:
             max_queued_requests=max_queued_requests,
         )
         self._defaults = model.defaults
+        self._metrics = IngressMetrics()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_http_app(
@@ -55,6 +57,7 @@ class Ingress:
             defaults=self._defaults,
             system_fingerprint=lambda: self._client.fingerprint,
             sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
+            observer=self._metrics,
         )
 
     async def __del__(self) -> None:

@@ -53,6 +53,8 @@ class MemberOutput(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     error: str | None = None
     logprobs: list[tuple[float, list[tuple[int, float]]]] = []
 
@@ -110,6 +112,8 @@ def to_wire(member: int, output: RequestOutput) -> MemberOutput:
         output.finish_reason,
         output.stop_token_id,
         output.num_cached_tokens,
+        output.num_drafted_tokens,
+        output.num_accepted_tokens,
         output.error,
         [(entry.logprob, list(entry.top)) for entry in output.logprobs],
     )
@@ -124,4 +128,6 @@ def from_wire(request_id: str, output: MemberOutput) -> RequestOutput:
         stop_token_id=output.stop_token_id,
         error=output.error,
         num_cached_tokens=output.num_cached_tokens,
+        num_drafted_tokens=output.num_drafted_tokens,
+        num_accepted_tokens=output.num_accepted_tokens,
     )

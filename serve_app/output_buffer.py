@@ -43,6 +43,8 @@ class OutputBuffer:
             stop_token_id=latest.stop_token_id,
             error=latest.error,
             num_cached_tokens=latest.num_cached_tokens,
+            num_drafted_tokens=latest.num_drafted_tokens,
+            num_accepted_tokens=latest.num_accepted_tokens,
         )
         self._token_ids.clear()
         self._logprobs.clear()

@@ -51,6 +51,7 @@ def serve_cluster() -> Iterator[str]:
         object_store_memory=128 * 2**20,
         log_to_driver=False,
         logging_level="warning",
+        _system_config={"metrics_report_interval_ms": 1000},  # 10 s is long to wait for what tests look at
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"

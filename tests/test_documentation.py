@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig
+from serve_app.metrics import ENGINE_METRICS, INGRESS_METRICS
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
@@ -36,6 +37,12 @@ def test_every_model_of_the_catalogue_is_documented() -> None:
         amount, unit = download.split()
         size_bytes = float(amount) * {"MB": 1e6, "GB": 1e9}[unit]
         assert abs(size_bytes / entry.size_bytes - 1) < 0.05
+
+
+def test_every_metric_is_documented_with_its_type() -> None:
+    documented = {name: cells[1] for name, cells in rows("docs/metrics.md").items()}
+    specs = [spec for spec, _ in ENGINE_METRICS] + list(INGRESS_METRICS)
+    assert documented == {spec.name: spec.kind.value for spec in specs}
 
 
 def test_links_lead_somewhere() -> None:

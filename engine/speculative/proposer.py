@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.request import Request
+from engine.stats import RemoteStats
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,13 @@ class Proposer(Protocol):
 
     def close(self) -> None:
         """The engine stops."""
+        ...
+
+
+@runtime_checkable
+class ReportingProposer(Proposer, Protocol):
+    """A Proposer whose draft model runs in another process, which can be late, lost or wrong."""
+
+    def stats(self) -> RemoteStats:
+        """A copy, for any thread."""
         ...

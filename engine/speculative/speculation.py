@@ -1,7 +1,6 @@
 """Speculative decoding as the engine sees it: who gets how many drafts, and what became of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -10,7 +9,7 @@ from engine.batch import ScheduledStep
 from engine.request import Request, RequestStatus
 from engine.speculative.acceptance import AcceptanceEstimate
 from engine.speculative.policy import Floats, Ints, choose_num_draft_tokens
-from engine.speculative.proposer import DraftOrder, Proposer
+from engine.speculative.proposer import DraftOrder, Proposer, ReportingProposer
 from engine.speculative.step_times import StepTimes
 from engine.stats import SpeculationStats
 
@@ -47,7 +46,10 @@ class Speculation:
         self._estimates: dict[Request, tuple[AcceptanceEstimate, int]] = {}  # with the tokens that it has seen
         self._unpaid_until: dict[int, int] = {}  # number of requests for which drafts cannot pay: until which step
         self._num_steps = 0
-        self._stats = SpeculationStats()
+        self._reporting = proposer if isinstance(proposer, ReportingProposer) else None
+        self._num_rounds = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
 
     def propose(self, running: Sequence[Request]) -> None:
         """Give the requests that decode their `draft_token_ids` for the next step."""
@@ -80,13 +82,9 @@ class Speculation:
         self._estimates[request] = estimate, request.num_tokens
         estimate.observe(num_drafted_tokens, num_accepted_tokens)
         self._overall.observe(num_drafted_tokens, num_accepted_tokens)
-        stats = self._stats
-        self._stats = replace(
-            stats,
-            num_rounds=stats.num_rounds + 1,
-            num_drafted_tokens=stats.num_drafted_tokens + num_drafted_tokens,
-            num_accepted_tokens=stats.num_accepted_tokens + num_accepted_tokens,
-        )
+        self._num_rounds += 1
+        self._num_drafted_tokens += num_drafted_tokens
+        self._num_accepted_tokens += num_accepted_tokens
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
@@ -97,7 +95,8 @@ class Speculation:
         self.proposer.close()
 
     def stats(self) -> SpeculationStats:
-        return self._stats
+        remote = self._reporting.stats() if self._reporting else None
+        return SpeculationStats(self._num_rounds, self._num_drafted_tokens, self._num_accepted_tokens, remote)
 
     def _choose(self, requests: Sequence[Request], num_coming_tokens: int = 0) -> list[int]:
         """How many drafts to order for each of these, behind so many tokens that are on their way."""

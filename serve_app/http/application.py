@@ -12,6 +12,7 @@ from starlette.routing import Route
 from engine.errors import SlipstreamError
 from serve_app.admission import Admitter
 from serve_app.http import status
+from serve_app.http.answer_observer import AnswerObserver, NoObserver
 from serve_app.http.chat import chat_completions
 from serve_app.http.completions import completions
 from serve_app.http.error_response import handle_client_gone, handle_error, handle_routing_error
@@ -27,18 +28,21 @@ def build_http_app(
     defaults: SamplingDefaults | Callable[[], SamplingDefaults] = NoDefaults,
     system_fingerprint: str | Callable[[], str | None] | None = None,
     sends_request_id: bool = True,
+    observer: AnswerObserver | None = None,
 ) -> Starlette:
     """The application. What is given as a function is called for each request, so that a replica may build the
     application before it has a model.
 
     `defaults` are the model's own generation settings, for fields that clients leave out. Responses carry
-    `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does.
+    `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does. `observer`
+    hears how long answers take.
     """
     service = Service(
         get_admitter=_getter(admitter),
         get_defaults=defaults if callable(defaults) else lambda: defaults,
         get_fingerprint=system_fingerprint if callable(system_fingerprint) else lambda: system_fingerprint,
         version=version,
+        observer=observer or NoObserver(),
     )
     app = Starlette(
         routes=[

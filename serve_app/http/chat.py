@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 import asyncio
+import time
 import uuid
 from functools import partial
 from typing import Annotated, Any, Self
@@ -67,6 +68,7 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     admitter = service.get_admitter()
     chat = parse(ChatRequest, await read_json(request))
+    arrival_s = time.monotonic()
     service.check_model(chat.model)
     prompt = await until_disconnect(request.receive, _render(chat, service, admitter.tokenizer))
     max_tokens = chat.output_tokens
@@ -80,10 +82,11 @@ async def chat_completions(request: Request) -> Response:
         max_tokens=max_tokens,
         add_special_tokens=False,
         priority=chat.priority,
+        arrival_s=arrival_s,
     )
     detokenizer = partial(admitter.tokenizer.detokenizer, skip_special_tokens=chat.skip_special_tokens)
     rules = TextRules(detokenizer, chat.include_stop_str_in_output)
-    generation = await start(request.receive, admitter, call, rules)
+    generation = await start(request.receive, admitter, call, rules, service.observer)
     reply = Reply(
         generation,
         ChatShape(admitter.tokenizer, with_logprobs=chat.logprobs),

@@ -90,7 +90,7 @@ async def completions(request: Request) -> Response:
         admitter.tokenizer.detokenizer, skip_special_tokens=completion.skip_special_tokens, continues_text=True
     )
     rules = TextRules(detokenizer, completion.include_stop_str_in_output)
-    generation = await start(request.receive, admitter, call, rules)
+    generation = await start(request.receive, admitter, call, rules, service.observer)
     reply = Reply(
         generation,
         _shape(completion, admitter.tokenizer, detokenizer),

@@ -12,6 +12,7 @@ from engine.text import TextStream
 from engine.tokenizer import IncrementalDetokenizer
 from serve_app.admission import Admitted, Admitter, GenerateCall, TokenStream
 from serve_app.errors import GenerationError
+from serve_app.http.answer_observer import AnswerObserver, ChoiceTimer
 from serve_app.http.disconnect import until_disconnect
 
 
@@ -34,13 +35,15 @@ class TextRules:
     include_stop: bool = False  # the stop string or stop token that ended a choice is shown
 
 
-@dataclass
+@dataclass(frozen=True)
 class Usage:
     """Token counts of one HTTP request. A prompt counts once, however many choices continue it."""
 
     prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts, found in the prefix cache
+    completion_tokens: int
+    cached_tokens: int  # of the prompts, found in the prefix cache
+    accepted_tokens: int  # of the completions, proposed as drafts
+    rejected_tokens: int  # the other drafts
 
     def body(self) -> dict[str, object]:
         return {
@@ -48,22 +51,37 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted_tokens,
+                "rejected_prediction_tokens": self.rejected_tokens,
+            },
         }
 
 
 class Generation:
     """One admitted call. Whoever holds it calls `abort` when it is done with it, whatever happened."""
 
-    def __init__(self, admitted: Admitted, call: GenerateCall, rules: TextRules) -> None:
+    def __init__(self, admitted: Admitted, call: GenerateCall, rules: TextRules, observer: AnswerObserver) -> None:
         assert len(admitted.streams) == len(admitted.prompt_token_ids) * call.n
         self.prompt_token_ids = admitted.prompt_token_ids
         self.seed = admitted.seed
-        self.usage = Usage(sum(len(ids) for ids in admitted.prompt_token_ids))
         self._n = call.n
         self._streams = admitted.streams
         self._choices = [_Choice(index, call.sampling, rules) for index in range(len(admitted.streams))]
+        self._timers = [ChoiceTimer(observer, call.arrival_s) for _ in admitted.streams]
         self._running = set(range(len(admitted.streams)))
-        self._cached_tokens = [0] * len(admitted.prompt_token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        """Up to now."""
+        firsts = self._choices[:: self._n]  # a prompt's other choices also find what the first has just computed
+        return Usage(
+            prompt_tokens=sum(len(ids) for ids in self.prompt_token_ids),
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            cached_tokens=sum(choice.num_cached_tokens for choice in firsts),
+            accepted_tokens=sum(choice.num_accepted_tokens for choice in self._choices),
+            rejected_tokens=sum(choice.num_drafted_tokens - choice.num_accepted_tokens for choice in self._choices),
+        )
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """The deltas of all choices in the order in which they arrive.
@@ -76,6 +94,7 @@ class Generation:
                 if index not in self._running:
                     continue  # what came after a stop string
                 if output is None:
+                    self._timers[index].on_end(FinishReason.ERROR)
                     raise GenerationError("the engine ended a stream before it was finished")
                 yield self._delta(index, output)
                 if not self._running:
@@ -84,28 +103,33 @@ class Generation:
     def abort(self) -> None:
         """Free every choice that has not ended. Returns at once, and may be called again."""
         while self._running:
-            self._streams[self._running.pop()].abort()
+            index = self._running.pop()
+            self._timers[index].on_end(FinishReason.ABORT)
+            self._streams[index].abort()
 
     def _delta(self, index: int, output: RequestOutput) -> ChoiceDelta:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self._timers[index].on_end(output.finish_reason)
             raise GenerationError(output.error or "the engine aborted the request")
         delta = self._choices[index].delta(output)
+        if delta.token_ids:
+            self._timers[index].on_tokens()
         if delta.finish_reason is not None:
+            self._timers[index].on_end(delta.finish_reason)
             self._running.discard(index)
             if output.finish_reason is None:  # a stop string matched, of which the engine knows nothing
                 self._streams[index].abort()
-        self.usage.completion_tokens += len(delta.token_ids)
-        if index % self._n == 0:  # the prompt's other choices also find what the first has just computed
-            prompt_index = index // self._n
-            self._cached_tokens[prompt_index] = max(self._cached_tokens[prompt_index], output.num_cached_tokens)
-            self.usage.cached_tokens = sum(self._cached_tokens)
         return delta
 
 
 class _Choice:
-    """The text of one choice."""
+    """The text of one choice, and what it counts up to now."""
 
     def __init__(self, index: int, sampling: SamplingParams, rules: TextRules) -> None:
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self._index = index
         self._include_stop = rules.include_stop
         self._text = TextStream(rules.detokenizer(), sampling.stop, sampling.min_tokens, rules.include_stop)
@@ -123,10 +147,24 @@ class _Choice:
             text, stop = text + rest.text, rest.stop
         if stop is not None:
             finish_reason = FinishReason.STOP
+        self._count(output, len(token_ids))
         return ChoiceDelta(self._index, text, token_ids, output.logprobs[: len(token_ids)], finish_reason)
 
+    def _count(self, output: RequestOutput, num_tokens: int) -> None:
+        """num_tokens: of the output, those that count: a stop string cuts off the end of the last one.
 
-async def start(receive: Receive, admitter: Admitter, call: GenerateCall, rules: TextRules) -> Generation:
+        In a round, accepted drafts come before the token behind them, so what is left of a round is drafts first.
+        Of an output that several rounds were merged into, that gives the most that there can be.
+        """
+        self.num_tokens += num_tokens
+        self.num_cached_tokens = output.num_cached_tokens
+        self.num_drafted_tokens = output.num_drafted_tokens
+        self.num_accepted_tokens += min(output.num_accepted_tokens - self.num_accepted_tokens, num_tokens)
+
+
+async def start(
+    receive: Receive, admitter: Admitter, call: GenerateCall, rules: TextRules, observer: AnswerObserver
+) -> Generation:
     """Admit `call`. When the client leaves meanwhile, whatever is admitted after that is aborted.
 
     Raises:
@@ -141,7 +179,7 @@ async def start(receive: Receive, admitter: Admitter, call: GenerateCall, rules:
         _orphans.add(admission)
         admission.add_done_callback(_abort_orphan)
         raise
-    return Generation(admitted, call, rules)
+    return Generation(admitted, call, rules, observer)
 
 
 _orphans: set[asyncio.Future[Admitted]] = set()  # the event loop itself keeps no strong reference

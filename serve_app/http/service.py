@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from serve_app.admission import Admitter
+from serve_app.http.answer_observer import AnswerObserver
 from serve_app.http.error_response import RefusedError, clipped
 from serve_app.http.schema import SamplingDefaults
 
@@ -32,6 +33,7 @@ class Service:
     get_defaults: Callable[[], SamplingDefaults]
     get_fingerprint: Callable[[], str | None]
     version: str
+    observer: AnswerObserver
     # For rendering chat templates, one at a time (serve_app.http.chat).
     template_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chat-template"))
     started_s: int = field(default_factory=lambda: int(time.time()))  # Unix time

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine.speculative.speculation import Speculation
 from serve_app import draft_book, draft_client, draft_link
 from serve_app.draft_client import MAX_ROUNDS_IN_FLIGHT, RemoteProposer
 from serve_app.draft_messages import PROTOCOL, Drafts, MirrorDrafts
@@ -87,6 +88,13 @@ def test_drafts_are_used_while_their_beginning_agrees(pair: tuple[ScriptedDraft,
     request.append_output(79)  # not what was drafted
     assert proposer.propose([order(request)], 0.0) == [[]]
     assert proposer.stats().garbage == 0
+
+
+def test_the_engine_reports_how_it_goes(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+    _, proposer = pair
+    remote = Speculation(proposer, None, 16).stats().remote
+    assert remote == proposer.stats()
+    assert remote.is_connected
 
 
 def test_waits_for_an_answer_and_no_longer(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:

@@ -36,6 +36,7 @@ def test_submission_round_trip() -> None:
     [
         RequestOutput("r", (5,)),
         RequestOutput("r", (1, 2), finish_reason=FinishReason.STOP, stop_token_id=2, num_cached_tokens=16),
+        RequestOutput("r", (1, 2), num_cached_tokens=3, num_drafted_tokens=900, num_accepted_tokens=70),
         RequestOutput("r", (1,), (TokenLogprobs(-0.25, ((1, -0.25), (9, -3.0))),)),
         RequestOutput("r", finish_reason=FinishReason.ERROR, error="broken"),
         RequestOutput("r", finish_reason=FinishReason.ABORT),

@@ -22,6 +22,16 @@ def test_output_without_tokens_ends_what_waits() -> None:
     assert buffer.take() == RequestOutput("r", (1,), finish_reason=FinishReason.ERROR, error="broken")
 
 
+def test_merged_output_has_the_latest_counts() -> None:
+    buffer = OutputBuffer()
+    for step in range(1, 4):
+        buffer.add(
+            RequestOutput("r", (step,), num_cached_tokens=4, num_drafted_tokens=3 * step, num_accepted_tokens=step)
+        )
+    expected = RequestOutput("r", (1, 2, 3), num_cached_tokens=4, num_drafted_tokens=9, num_accepted_tokens=3)
+    assert buffer.take() == expected
+
+
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.booleans()), max_size=20))
 def test_no_token_is_lost_or_doubled(steps: list[tuple[list[int], bool]]) -> None:

@@ -1,12 +1,14 @@
 """The whole service, live: Serve, HTTP, admission, engine and the default model on the CPU."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 
 import httpx
 import openai
 import pytest
+import ray
 
 from tests.conftest import Service
 
@@ -197,6 +199,34 @@ def test_ready_and_models(service: Service, client: openai.OpenAI) -> None:
     assert (response.status_code, response.json()["state"]) == (200, "ready")
     assert httpx.get(f"{service.url}/health", timeout=10).status_code == 200
     assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def exported_metrics() -> dict[str, float]:
+    """What Ray's agent exports of ours, by name and finish_reason, summed over replicas."""
+    [node] = ray.nodes()
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10).text
+    values: dict[str, float] = {}
+    for name, labels, value in re.findall(r"^(ray_slipstream_\w+){(.*)} (\S+)$", text, re.MULTILINE):
+        reason = re.search(r'finish_reason="(\w+)"', labels)
+        assert 'application="' in labels
+        key = f"{name} {reason[1]}" if reason else name
+        values[key] = values.get(key, 0.0) + float(value)
+    return values
+
+
+def test_metrics_are_exported(service: Service, client: openai.OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="One, two,", max_tokens=4, extra_body={"ignore_eos": True})
+    before = exported_metrics()
+    wait_until(lambda: "ray_slipstream_request_success_total length" in exported_metrics())
+    client.completions.create(model=MODEL, prompt="One, two,", max_tokens=7, extra_body={"ignore_eos": True})
+    tokens = "ray_slipstream_generation_tokens_total"
+    wait_until(lambda: exported_metrics().get(tokens, 0.0) >= before.get(tokens, 0.0) + 7)
+    values = exported_metrics()
+    assert 0.0 <= values["ray_slipstream_kv_cache_usage_perc"] < 0.1
+    assert values[tokens] <= service.stats().output_tokens
+    assert values["ray_slipstream_time_to_first_token_seconds_count"] >= 1
+    assert values["ray_slipstream_prompt_tokens_total"] >= 5
+    assert not any("spec_decode" in name for name in values)
 
 
 def test_nothing_is_left_over(service: Service) -> None:

@@ -10,6 +10,7 @@ from engine.request import Request, RequestStatus, SamplingParams
 from engine.speculative import speculation as module
 from engine.speculative.proposer import DraftOrder
 from engine.speculative.speculation import Speculation
+from engine.stats import RemoteStats, SpeculationStats
 
 StepTime = Callable[[int, bool], float]  # of rows, and whether there are drafts among them
 
@@ -184,3 +185,24 @@ def test_how_long_drafts_are_worth_waiting_for(simulate: Callable[..., Simulatio
     assert 1.5e-3 < simulation.waits_s[-1] < 3.3e-3
     simulation.speculation.forget(simulation.requests[0])
     assert not simulation.acceptance
+
+
+class ReportingSimulation(Simulation):
+    """A proposer with a draft model elsewhere."""
+
+    def __init__(self, remote: RemoteStats) -> None:
+        self.remote = remote
+        super().__init__([0.5], lambda *_: 1e-3, num_draft_tokens=2)
+
+    def stats(self) -> RemoteStats:
+        return self.remote
+
+
+def test_stats_have_those_of_a_remote_draft() -> None:
+    assert Simulation([0.5], lambda *_: 1e-3).speculation.stats() == SpeculationStats()
+    remote = RemoteStats(missed_rounds=3, is_connected=True)
+    simulation = ReportingSimulation(remote)
+    drafted = sum(sum(simulation.step()) for _ in range(20))
+    stats = simulation.speculation.stats()
+    assert (stats.num_rounds, stats.num_drafted_tokens, stats.remote) == (20, drafted, remote)
+    assert stats.num_accepted_tokens == simulation.requests[0].num_tokens - 3 - 20

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
 from engine.llm_engine import LLMEngine
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.speculative.proposer import Proposer
 from engine.speculative.speculation import Speculation
 from tests.speculative.oracle import Oracle, RandomProposer
@@ -57,13 +57,21 @@ def make_requests() -> list[Request]:
     return requests
 
 
+def counts(of: Request | RequestOutput) -> tuple[int, int, int]:
+    return of.num_cached_tokens, of.num_drafted_tokens, of.num_accepted_tokens
+
+
 def run(engine: LLMEngine, requests: list[Request]) -> dict[str, list[object]]:
     """Everything that clients see, by request."""
     for request in requests:
         engine.add(request)
-    seen: dict[str, list[object]] = {request.request_id: [] for request in requests}
+    by_id = {request.request_id: request for request in requests}
+    seen: dict[str, list[object]] = {request_id: [] for request_id in by_id}
     while engine.has_work:
         for output in engine.step():
+            request = by_id[output.request_id]
+            assert counts(output) == counts(request)  # whether the step verified drafts of it or not
+            assert request.num_accepted_tokens <= len(request.output_token_ids)
             places = output.logprobs or [None] * len(output.token_ids)
             seen[output.request_id] += zip(output.token_ids, places, strict=True)
             if output.finish_reason is not None:
@@ -116,6 +124,17 @@ def test_random_drafts(path: Path, expected: dict[str, list[object]]) -> None:
     proposer = RandomProposer({}, VOCAB_SIZE)
     assert run(make_engine(path, proposer=proposer), make_requests()) == expected
     assert proposer.num_proposed > 500
+
+
+def test_the_last_output_of_an_aborted_request_has_its_counts(path: Path, outputs: dict[str, list[int]]) -> None:
+    engine = make_engine(path, proposer=Oracle(outputs, VOCAB_SIZE, num_right=2))
+    request = make_requests()[20]
+    engine.add(request)
+    while not request.num_accepted_tokens:
+        engine.step()
+    aborted = engine.abort(request.request_id)
+    assert aborted is not None
+    assert counts(aborted) == counts(request)
 
 
 def test_accepted_blocks_are_found_again_and_rejected_tokens_are_not(path: Path, outputs: dict[str, list[int]]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import codecs
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +76,14 @@ def says(text: str | bytes, *, end: FinishReason | None = FinishReason.STOP, siz
         stop = EOS if last and end is FinishReason.STOP else None
         script.append(RequestOutput("r", part, logprobs, end if last else None, stop, num_cached_tokens=3))
     return script
+
+
+def with_drafts(script: Script, *totals: tuple[int, int]) -> Script:
+    """The script with the drafted and the accepted tokens up to each of its outputs."""
+    return [
+        replace(output, num_drafted_tokens=drafted, num_accepted_tokens=accepted)
+        for output, (drafted, accepted) in zip(script, totals, strict=True)
+    ]
 
 
 class ScriptedStream:

@@ -13,6 +13,7 @@ from tests.serve_app.http.fakes import (
     events_of,
     fetch,
     says,
+    with_drafts,
 )
 
 PATH = "/v1/chat/completions"
@@ -45,6 +46,7 @@ def test_whole_answer():
             "completion_tokens": 6,  # the end-of-sequence token counts
             "total_tokens": 25,
             "prompt_tokens_details": {"cached_tokens": 3},
+            "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         },
     }
 
@@ -88,6 +90,7 @@ def test_usage_comes_last_and_is_null_before(n):
         "completion_tokens": 6 * n,
         "total_tokens": 19 + 6 * n,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     assert events[-1]["usage"] == ask(FakeAdmitter([says("hello")]), n=n).json()["usage"]
 
@@ -168,6 +171,16 @@ def test_stop_string_across_chunk_borders(size, stream):
     assert body["usage"]["completion_tokens"] == len("one STOP")
     assert admitter.streams[0].freed
     assert admitter.streams[0].num_read <= -(-8 // size)
+
+
+def test_drafts_past_a_stop_string_are_not_accepted():
+    """A round of seven drafts, of which the first five are right; the stop string is the second."""
+    script = with_drafts([*says("ab", end=None), *says("c.defg", end=None, size=6)], (0, 0), (2, 1), (9, 6))
+    body = ask(FakeAdmitter([script]), stop=".").json()
+    assert body["choices"][0]["message"]["content"] == "abc"
+    assert body["usage"]["completion_tokens"] == 4
+    details = body["usage"]["completion_tokens_details"]
+    assert details == {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 6}
 
 
 def usage(stream: bool) -> dict:

@@ -61,6 +61,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_prompts_count_once():
         "completion_tokens": 12,
         "total_tokens": 17,
         "prompt_tokens_details": {"cached_tokens": 6},  # 3 for each prompt's first choice
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     texts = [""] * 4
     for event in events_of(ask(FakeAdmitter(scripts), ["aaa", "bb"], n=2, stream=True)):

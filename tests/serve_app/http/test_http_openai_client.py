@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from engine.errors import InvalidRequest
 from serve_app.errors import OverloadedError, UnavailableError
-from tests.serve_app.http.fakes import MODEL, FakeAdmitter, app_over, says
+from tests.serve_app.http.fakes import MODEL, FakeAdmitter, app_over, says, with_drafts
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -65,6 +65,26 @@ def test_chat_stream():
     assert sum(len(c.choices[0].logprobs.content) for c in chunks if c.choices[0].logprobs) == 6
     assert all(c.usage is None for c in chunks)
     assert (last.choices, last.usage.completion_tokens) == ([], 6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_counts_drafts(stream):
+    """Of all choices, as of the last output of each."""
+    scripts = [
+        with_drafts(says("hello", size=2), (0, 0), (4, 1), (8, 3)),
+        with_drafts(says("hi", size=3), (5, 2)),
+        says("no drafts"),
+    ]
+
+    async def work(client):
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = await client.chat.completions.create(model=MODEL, messages=HI, n=3, stream=stream, **options)
+        return [chunk async for chunk in answer][-1] if stream else answer
+
+    usage = with_client(FakeAdmitter(scripts), work).usage
+    details = usage.completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (5, 8)
+    assert details.reasoning_tokens is details.audio_tokens is None  # not known, and not there
 
 
 def test_an_answer_can_be_sent_back_as_a_message():
