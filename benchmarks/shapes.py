@@ -35,6 +35,9 @@ SHAPES = {
     "smollm2-135m": _llama(49_152, 576, 1536, 30, 9, 3, True, 8192),
     "mistral-7b": _llama(32_000, 4096, 14_336, 32, 32, 8, False, 32_768),
     "tiny": _llama(320, 64, 144, 2, 4, 2, False, 2048),
+    # Draft models, with the vocabulary of the first and the third.
+    "draft-4x512": _llama(32_000, 512, 1408, 4, 8, 2, True, 2048),
+    "draft-135m": _llama(32_000, 576, 1536, 30, 9, 3, True, 8192),
 }
 
 

@@ -72,6 +72,14 @@ class RemoteProposer:
         """A copy, for any thread."""
         return replace(self._stats, garbage=self._malformed.count + self._book.num_garbage)
 
+    def wait_for_connection(self, timeout_s: float) -> bool:
+        """Look until there is one; for whoever measures drafts and would not do without. False if the time is over."""
+        deadline_s = time.perf_counter() + timeout_s
+        while self._connection is None and time.perf_counter() < deadline_s:
+            self._poll(time.perf_counter())
+            time.sleep(POLL_PAUSE_S)
+        return self._connection is not None
+
     def may_propose(self, request: Request) -> bool:
         now_s = time.perf_counter()
         if now_s - self._last_poll_s > POLL_PAUSE_S:

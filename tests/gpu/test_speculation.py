@@ -1,6 +1,5 @@
 """A thousand requests of every kind, drafted for by each proposer: not one token is another than without drafts."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,11 +46,7 @@ def proposer_of(name: str, path: Path, scale: Scale, outputs: dict[str, list[int
             proposer = RemoteProposer(
                 lambda _: [endpoint], NgramProposer(), vocab_size=vocab_size, target_name="target"
             )
-            deadline_s = time.monotonic() + 60
-            while not proposer.stats().is_connected:
-                assert time.monotonic() < deadline_s, "no connection"
-                proposer._poll(time.perf_counter())
-                time.sleep(0.01)
+            assert proposer.wait_for_connection(60.0)
             yield proposer
             proposer.close()
     elif name == "local":

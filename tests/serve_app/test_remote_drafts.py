@@ -64,19 +64,11 @@ def expected(path: Path) -> dict[str, list[object]]:
     return run(make_engine(path), make_requests())
 
 
-def wait_for_connection(proposer: RemoteProposer) -> None:
-    deadline_s = time.monotonic() + 10
-    while not proposer.stats().is_connected:
-        assert time.monotonic() < deadline_s, "no connection"
-        proposer._poll(time.perf_counter())
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("same", [True, False])
 def test_the_same_tokens(path: Path, tmp_path: Path, expected: dict[str, list[object]], same: bool) -> None:
     draft = path if same else write_tiny_model(tmp_path, seed=4)
     with server_of(draft) as server, speculating(path, [server.ipc]) as (engine, proposer):
-        wait_for_connection(proposer)
+        assert proposer.wait_for_connection(10.0)
         requests = make_requests()
         assert run(engine, requests) == expected
         stats = proposer.stats()
@@ -103,7 +95,7 @@ def test_a_server_that_goes_in_the_middle(
         for _ in range(2):
             with server_of(path) as server:
                 endpoints[:] = [server.ipc]
-                wait_for_connection(proposer)
+                assert proposer.wait_for_connection(10.0)
                 requests = make_requests()
                 for request in requests:
                     engine.add(request)
