@@ -1,10 +1,11 @@
-"""`slipstream convert` and `slipstream eval`."""
+"""`slipstream convert`, `slipstream compile` and `slipstream eval`."""
 
 import sys
 
 import typer
 
 from engine.errors import SlipstreamError
+from slipstream_cli.compile import compile_kernels
 from slipstream_cli.convert import convert
 from slipstream_cli.perplexity import perplexity
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     help="Tools around models that Slipstream serves. Serving itself: serve run serve_app:app",
 )
 app.command()(convert)
+app.command("compile")(compile_kernels)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure what a number format costs in quality.")
 evaluate.command()(perplexity)
 app.add_typer(evaluate, name="eval")

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.pdl import supports_pdl, wait_for_producers
+from engine.kernels.target import gpu_of
 
 SPLIT_TOKENS = 256  # keys of a split; part of what a row's bits depend on, like KEY_TILE
 KEY_TILE = 64
@@ -221,7 +222,7 @@ def attention_workspace(
     max_splits = -(-max_context_tokens // SPLIT_TOKENS)
     bytes_per_partial = num_heads * (head_dim + 2) * torch.float32.itemsize
     max_partials = min(max_rows * max_splits, max(1, max_partial_bytes // bytes_per_partial))
-    on_gpu = device.type == "cuda"
+    gpu = gpu_of(device)
     return AttentionWorkspace(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -230,7 +231,7 @@ def attention_workspace(
         dtype=dtype,
         # Without tensor cores for float32, a large product only spills registers.
         large_tiles=large_tiles and dtype.itemsize == 2,
-        num_processors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2,
+        num_processors=gpu.num_processors if gpu is not None else 2,
         max_splits=max_splits,
         entries=torch.empty((max_rows + max_partials, ENTRY_FIELDS), dtype=torch.int32, device=device),
         num_entries=torch.empty(2, dtype=torch.int32, device=device),

@@ -7,22 +7,20 @@ what this one has not written yet; activations are read with `cache_modifier=".c
 them above the wait as read-only data.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from engine.kernels.target import gpu_of
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 
 
-@lru_cache
 def supports_pdl(device: torch.device) -> bool:
     """True where a kernel may be launched before the one ahead of it has finished: Hopper and later."""
-    if device.type != "cuda" or INTERPRETED:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    gpu = None if INTERPRETED else gpu_of(device)
+    return gpu is not None and gpu.capability >= (9, 0)
 
 
 @triton.jit

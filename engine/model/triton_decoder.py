@@ -17,6 +17,7 @@ from engine.kernels.norm_qkv_rope import QKVWeights, norm_qkv_rope, qkv_row_orde
 from engine.kernels.prefetch import upcoming
 from engine.kernels.product_residual import product_residual
 from engine.kernels.row_norm import NormedRows, max_parts
+from engine.kernels.target import gpu_of
 from engine.model.kv_cache import KVCache
 from engine.model.layer_weights import LayerWeights
 from engine.model.rope import rope_table
@@ -254,9 +255,8 @@ def _matrix(config: ModelConfig, weight: Weight) -> Matrix:
     values = values.contiguous()
     if isinstance(weight, Int8Weight) and weight.rounds_inputs:
         return Matrix(values, None, scales, rounds_inputs=True)
-    has_room = values.device.type != "cuda" or _weight_bytes(config, values.dtype) <= PACKED_FRACTION * (
-        torch.cuda.get_device_properties(values.device).total_memory
-    )
+    gpu = gpu_of(values.device)
+    has_room = gpu is None or _weight_bytes(config, values.dtype) <= PACKED_FRACTION * gpu.memory_bytes
     return Matrix(values, pack(values) if values.element_size() <= 2 and has_room else None, scales)
 
 

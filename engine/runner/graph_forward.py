@@ -127,6 +127,11 @@ class GraphForward:
             self._prepare(unprepared[0])
         return len(unprepared) > 1
 
+    def launch_all(self) -> None:
+        """Launch the step of every bucket, whatever is staged: for engine.precompile, where no launch runs."""
+        for bucket in self._buckets.all():
+            self._run(bucket)
+
     @contextmanager
     def _turn(self) -> Iterator[int]:
         """One step, staged in the half of the memory that this yields, and launched: counted, or recovered from.

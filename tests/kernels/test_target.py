@@ -1,0 +1,37 @@
+"""What launches depend on is asked of the GPU that is aimed at, wherever tensors lie."""
+
+import torch
+
+from engine.kernels.attention_worklist import AttentionWorkspace, attention_workspace
+from engine.kernels.pdl import INTERPRETED, supports_pdl
+from engine.kernels.target import GPU, aimed_at, gpu_of
+
+CPU = torch.device("cpu")
+HOPPER = GPU((9, 0), 132, 79 << 30)
+AMPERE = GPU((8, 0), 108, 79 << 30)
+
+
+def workspace() -> AttentionWorkspace:
+    return attention_workspace(1, 4, 2, 16, 64, torch.bfloat16, CPU)
+
+
+def test_a_cpu_is_no_gpu() -> None:
+    assert gpu_of(CPU) is None
+    assert not supports_pdl(CPU)
+
+
+def test_aims_end_and_may_be_nested() -> None:
+    with aimed_at(HOPPER):
+        assert gpu_of(CPU) == HOPPER
+        with aimed_at(AMPERE):
+            assert gpu_of(CPU) == AMPERE
+            assert not supports_pdl(CPU)
+        assert gpu_of(CPU) == HOPPER
+        assert supports_pdl(CPU) is not INTERPRETED
+    assert gpu_of(CPU) is None
+
+
+def test_grids_are_for_the_gpu_that_is_aimed_at() -> None:
+    alone = workspace().num_processors
+    with aimed_at(AMPERE):
+        assert workspace().num_processors == 108 != alone
