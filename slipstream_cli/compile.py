@@ -35,6 +35,7 @@ def compile_kernels(
     max_num_seqs: int = 256,
     token_budget: Annotated[int | None, typer.Option(help="left out: 2048")] = None,
     block_size: int = 16,
+    speculative: Annotated[bool, typer.Option(help="for an engine that verifies drafts, by whatever method")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="processes; left out: one for each core")] = None,
 ) -> None:
     """Compile all kernels that serving MODEL on a GPU takes, on a machine that has none: when an image is built, say.
@@ -42,7 +43,8 @@ def compile_kernels(
     An engine that starts with TRITON_CACHE_DIR=OUTPUT then compiles nothing. Triton looks kernels up by a hash of their
     source, of the settings and of Triton itself, and silently compiles what it does not find: so give the same settings
     as to the service, and have the same Slipstream and the very same wheel of Triton on both sides. It also notes
-    absolute paths: if the directory is filled in one place and used in another, say where with --runtime-path.
+    absolute paths: if the directory is filled in one place and used in another, say where with --runtime-path. A draft
+    model is a model of its own: compile for it as well, into the same directory.
 
     Of these GPUs, Slipstream has been tuned and measured on the h100 alone.
     """
@@ -63,6 +65,7 @@ def compile_kernels(
         "max_num_seqs": max_num_seqs,
         "token_budget": token_budget,
         "block_size": block_size,
+        "speculative": "ngram" if speculative else "off",  # by whom drafts come makes no difference
     }
     config = parse_config(arguments).engine_config(shape)
     jobs = jobs or len(os.sched_getaffinity(0))
