@@ -1,4 +1,4 @@
-"""From prompts to a draft that the engine uses, with tiny models; and each step's promises."""
+"""From a target's answers to a draft that the engine uses, with tiny models; and each step's promises."""
 
 import random
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from engine.config import (
@@ -27,19 +28,18 @@ from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import open_checkpoint
 from engine.request import Request, SamplingParams
 from tests.tiny_models import write_tiny_model
+from tools.distil_draft import __main__ as command_module
 from tools.distil_draft import loss as loss_module
-from tools.distil_draft import prompts as prompts_module
 from tools.distil_draft.__main__ import app
 from tools.distil_draft.batches import epoch, make_batch
 from tools.distil_draft.card import model_card
-from tools.distil_draft.evaluate import evaluate, held_out_prompts
+from tools.distil_draft.evaluate import evaluate
 from tools.distil_draft.generate import generate, sampling_of
 from tools.distil_draft.initial import Initial, make_draft
 from tools.distil_draft.llama import DraftShape, load_llama
 from tools.distil_draft.loss import Teacher, accumulate_gradients, distillation_loss
-from tools.distil_draft.prompts import Prompt, Split, draw_prompts
-from tools.distil_draft.samples import Sample, SampleStore, read_samples, read_settings
-from tools.distil_draft.templates import FAMILIES, Tag
+from tools.distil_draft.prompts import Split, draw_prompts
+from tools.distil_draft.samples import Sample, SampleStore, read_samples
 from tools.distil_draft.train import RECORD, Clock, TrainOptions, learning_rate, train
 
 CPU = torch.device("cpu")
@@ -98,81 +98,7 @@ def start(path: Path, speculative: SpeculativeConfig | None = None) -> LLMEngine
     return LLMEngine.from_path(path, config)
 
 
-# --- prompts
-
-
-def test_prompts_come_from_the_seed_and_are_all_different() -> None:
-    prompts = draw_prompts(Split.TRAIN, 3000, seed=1)
-    assert prompts == draw_prompts(Split.TRAIN, 3000, seed=1)
-    assert prompts[:500] == draw_prompts(Split.TRAIN, 500, seed=1)
-    assert len({prompt.messages for prompt in prompts}) == 3000
-    assert prompts[:50] != draw_prompts(Split.TRAIN, 50, seed=2)
-    assert not any("$" in content for prompt in prompts for _, content in prompt.messages), "a gap is open"
-    longest = max(sum(len(content) for _, content in prompt.messages) for prompt in prompts)
-    assert longest < 1200, "prompts are to fit into the context with their answers"
-
-
-def test_the_held_out_half_shares_neither_templates_nor_subjects() -> None:
-    training, held_out = draw_prompts(Split.TRAIN, 6000, seed=0), draw_prompts(Split.HELD_OUT, 1500, seed=0)
-
-    def used(prompts: list[Prompt]) -> tuple[set[str], set[str]]:
-        parts = frozenset[str]().union(*(prompt.parts for prompt in prompts))
-        return {prompt.template for prompt in prompts}, set(parts)
-
-    (templates, parts), (other_templates, other_parts) = used(training), used(held_out)
-    assert len(templates) > 70
-    assert len(parts) > 180
-    assert len(other_templates) > 20
-    assert not templates & other_templates
-    assert not parts & other_parts
-    texts = [content for prompt in held_out for _, content in prompt.messages]
-    assert not [part for part in parts if len(part) > 25 and "$" not in part and any(part in text for text in texts)]
-    for prompts in (training, held_out):
-        shares = {tag: sum(prompt.tag is tag for prompt in prompts) / len(prompts) for tag in Tag}
-        assert min(shares.values()) > 0.12, shares
-
-
-def test_there_is_an_end_to_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    stories = next(family for family in FAMILIES if family.name == "stories")
-    monkeypatch.setattr(prompts_module, "FAMILIES", (stories,))
-    monkeypatch.setattr(prompts_module, "CONVERSATION_SHARE", 0.0)
-    with pytest.raises(ConfigError, match=r"only about \d+ held-out prompts, and 100000 are wanted"):
-        draw_prompts(Split.HELD_OUT, 100_000, seed=0)
-
-
-def test_as_many_held_out_prompts_of_each_tag() -> None:
-    prompts = held_out_prompts(5, seed=0)
-    assert {tag: len(some) for tag, some in prompts.items()} == dict.fromkeys(Tag, 5)
-
-
-# --- samples
-
-
-def test_a_third_of_the_answers_is_greedy_and_no_two_are_chosen_alike() -> None:
-    params = [sampling_of(i, 60, max_tokens=8) for i in range(240)]
-    assert sum(each.is_greedy for each in params[:60]) == 20
-    greedy = [i % 60 for i, each in enumerate(params) if each.is_greedy]
-    assert sorted(greedy) == list(range(60)), "each prompt has one greedy answer in its first three"
-    assert len({each.seed for each in params}) == 240
-    sampled = [each for each in params if not each.is_greedy]
-    assert {each.temperature for each in sampled} == {0.7, 0.8, 0.9, 1.0}
-    assert {each.top_p for each in sampled} == {0.95}
-
-
-def test_shards_keep_samples_and_their_borders(tmp_path: Path) -> None:
-    made = [Sample(i, tuple(range(i, 2 * i + 3)), 1 + i % 2) for i in range(10)]
-    store = SampleStore(tmp_path, {"seed": 1}, shard_samples=4)
-    for sample in reversed(made):
-        store.add(sample)
-    assert read_samples(tmp_path) == made[2:], "two shards are full"
-    store.flush()
-    assert read_samples(tmp_path) == made
-    assert read_settings(tmp_path) == {"seed": 1}
-    again = SampleStore(tmp_path, {"seed": 1})
-    assert again.sample_ids == set(range(10))
-    assert again.num_output_tokens == sum(sample.num_output_tokens for sample in made)
-    with pytest.raises(ConfigError, match="holds samples with seed 1, not 2"):
-        SampleStore(tmp_path, {"seed": 2})
+# --- answers
 
 
 def generated(target: Path, directory: Path, num_samples: int, deadline_s: float = float("inf")) -> list[int]:
@@ -294,7 +220,7 @@ def test_a_trained_draft_serves_the_engine(target: Path, samples: list[Sample], 
     """Two steps from the target's projection: the directory loads here and in transformers, no token changes, and
     training again gives the same bits."""
     checkpoint = open_checkpoint(target)
-    options = TrainOptions(steps=2, tokens_per_step=150)
+    options = TrainOptions(steps=2, tokens_per_step=150, initial=Initial.PROJECTED)
     directory = tmp_path / "draft"
     record = train(checkpoint, SHAPE, samples, directory, options)
     assert [point["step"] for point in record.curve] == [1, 2]
@@ -449,3 +375,22 @@ def run(*arguments: str) -> str:
     if outcome.exception is not None:
         raise outcome.exception
     return outcome.stdout
+
+
+def test_all_steps_in_order_with_arguments_that_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[str, ...]] = []
+    monkeypatch.setattr(command_module, "_step", lambda *arguments: steps.append(arguments))
+    run("all", f"--work={tmp_path}", f"--out={tmp_path / 'out'}", "--device=cuda", "--train-minutes=3", "--per-tag=4")
+    assert [name for name, *_ in steps] == ["generate", "train", "evaluate", "export"]
+    commands: Any = get_command(app)
+    parsed = {name: commands.commands[name].make_context(name, arguments).params for name, *arguments in steps}
+    assert (parsed["train"]["minutes"], parsed["evaluate"]["per_tag"]) == (3, 4)
+    assert {parsed[name]["device"] for name in ("generate", "train", "evaluate")} == {"cuda"}
+    assert {values["work"] for values in parsed.values()} <= {tmp_path, str(tmp_path)}
+
+
+def test_a_step_that_fails_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(SystemExit) as ended:
+        command_module._step("export")
+    assert ended.value.code == 1

@@ -45,7 +45,7 @@ class TrainOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     ce_weight: float = 0.1
-    initial: Initial = Initial.PROJECTED
+    initial: Initial = Initial.EMBEDDING
     seed: int = 0
 
     def __post_init__(self) -> None:
