@@ -1,0 +1,1 @@
+"""What the project makes its own artefacts with; run from the repository, and not installed."""
