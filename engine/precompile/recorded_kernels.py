@@ -46,7 +46,7 @@ def engine_kernels(
     an address there is the offset in the tensor that was allocated, so that addresses are multiples of 16 where those
     of a GPU are, whose tensors begin at multiples of 512. Nothing else of an address gets into a kernel.
     """
-    with aimed_at(gpu.gpu), _recorded(gpu) as kernels:
+    with aimed_at(gpu.gpu), recorded(gpu) as kernels:
         decoder = load_decoder(
             TritonDecoder, ShapesOnly(model), NOWHERE, dtype, limits.max_model_len, quantization=quantization
         )
@@ -59,7 +59,7 @@ def engine_kernels(
     return list(kernels)
 
 
-class _Driver:
+class TargetDriver:
     """As much of Triton's driver as compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -96,7 +96,7 @@ def _record(source: Any, target: GPUTarget, options: dict[str, Any]) -> _NotComp
 
 
 @contextmanager
-def _recorded(gpu: KnownGPU) -> Iterator[list[Kernel]]:
+def recorded(gpu: KnownGPU) -> Iterator[list[Kernel]]:
     """Collects what is launched for the first time in this process. Kernels that were launched so are never compiled by
     a later launch: the process is of no use for anything else that launches."""
     global _target
@@ -105,7 +105,7 @@ def _recorded(gpu: KnownGPU) -> Iterator[list[Kernel]]:
     assert _target in (None, target), "a process compiles for one kind of GPU: Triton keeps the first"
     _target = target
     _kernels.clear()
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(TargetDriver(target))
     compile_now, triton.compiler.compile = triton.compiler.compile, _record
     try:
         yield _kernels
