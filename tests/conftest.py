@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# libgomp reads it when torch is imported. On two cores, two processes that spin at each other's barriers stand still.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 if not torch.cuda.is_available():
@@ -21,6 +24,14 @@ SERVICE_ARGUMENTS = {
     "num_kv_blocks": "512",
     "max_queued_requests": "256",
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the cluster runs in one process, which then has the only one."""
+    for item in items:
+        if "serve_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,10 @@ def test_formats_equal_the_reference(
         pytest.skip("an int8 cache is for models of 16 bits")
     if device == "cpu" and dtype is torch.float32:
         pytest.skip("the interpreter is slow: bfloat16, which takes both ways through a product, is enough for it")
-    reference, kernels = forwards(write_tiny_model(tmp_path, **MODELS[name]), device, dtype, quantization, cache_dtype)
+    model = dict(MODELS[name])
+    if device == "cpu" and name == "llama":  # what one layer hands the next is tested with the others
+        model["num_hidden_layers"] = 1
+    reference, kernels = forwards(write_tiny_model(tmp_path, **model), device, dtype, quantization, cache_dtype)
     rounds = quantization is Quantization.W8A8 or cache_dtype is KVCacheDType.INT8
     tolerance = 3e-2 if rounds or dtype is torch.bfloat16 else 1e-5
     for _ in range(1 if device == "cpu" else 3):
@@ -136,7 +139,7 @@ def test_formats_equal_the_reference(
 
 def test_block_tables_follow_their_requests(tmp_path: Path) -> None:
     """More requests than rows, blocks that change with a preemption."""
-    reference, kernels = forwards(write_tiny_model(tmp_path), "cpu", torch.float32)
+    reference, kernels = forwards(write_tiny_model(tmp_path, num_hidden_layers=1), "cpu", torch.float32)
     for index in range(5):
         request = Request(str(index), [index + 1] * 18, SamplingParams(seed=1))
         request.block_table = [1 + index, 20 - index]
