@@ -108,7 +108,7 @@ def write_configs(checkpoint: Checkpoint, quantization: Quantization, directory:
         _copy_companions(checkpoint.path, directory)
         config = orjson.loads((checkpoint.path / "config.json").read_bytes())
     else:
-        config = _config_fields(checkpoint.config)
+        config = config_fields(checkpoint.config)
         _write_json(directory / "generation_config.json", _generation_fields(checkpoint))
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": str(quantization)}
     _write_json(directory / "config.json", config)
@@ -131,7 +131,12 @@ def _copy_companions(source: Path, directory: Path) -> None:
             shutil.copytree(source / name, directory / name)
 
 
-def _config_fields(config: ModelConfig) -> dict[str, Any]:
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """What Hugging Face's config.json says of a model.
+
+    Raises:
+        ModelError: it cannot say it.
+    """
     fields = {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),

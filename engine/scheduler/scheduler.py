@@ -101,9 +101,12 @@ class Scheduler:
         prefills = self._schedule_decodes(step)
         budget = self._config.token_budget - len(step.chunks)
         assert budget >= (1 if prefills else 0), "more requests run than a step has rows"
-        if self._config.max_draft_tokens and not step.preempted:
-            self._add_drafts(step, min(self._config.max_draft_tokens, budget - (1 if prefills else 0)))
-            budget -= step.num_draft_tokens
+        if self._config.max_draft_tokens:
+            if not step.preempted:
+                self._add_drafts(step, min(self._config.max_draft_tokens, budget - (1 if prefills else 0)))
+                budget -= step.num_draft_tokens
+            for entry in self._running:
+                entry.request.draft_token_ids = ()  # they were for this step alone
         for request in prefills:
             budget = self._schedule_prefill(step, request, budget)
         # Blocks are short after a preemption, and whoever gave them up is ahead of most that wait.
@@ -226,7 +229,6 @@ class Scheduler:
                 drafts = request.draft_token_ids[:num_drafts]
                 step.chunks[place] = ScheduledChunk(request, chunk.start, 1 + num_drafts, drafts)
                 step.num_draft_tokens += num_drafts
-            request.draft_token_ids = ()
 
     def _make_room(self, step: ScheduledStep, entry: Ranked) -> bool:
         """Find a running request its next block, preempting from the end; False if it had to leave itself.
@@ -251,6 +253,7 @@ class Scheduler:
         self._running.remove(entry)
         self._take_blocks(request)
         request.status = RequestStatus.WAITING
+        request.draft_token_ids = ()
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.add(entry)

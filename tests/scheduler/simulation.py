@@ -189,6 +189,7 @@ class SimulatedEngine:
         assert scheduler.num_running <= config.max_num_seqs
         assert step.num_draft_tokens == sum(len(chunk.draft_token_ids) for chunk in step.chunks)
         assert step.num_draft_tokens <= config.max_draft_tokens
+        assert not any(request.draft_token_ids for request in (*scheduler.running, *scheduler.waiting))
         longest = config.max_prefill_chunk or config.token_budget
         rows = {chunk.request: chunk for chunk in step.chunks}
         assert len(rows) == len(step.chunks), "a request has two chunks in a step"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import ModelConfig
+from engine.loader.converted_directory import config_fields
 from engine.loader.hf_config import read_model_config
 from engine.loader.safetensors_directory import SINGLE_NAME
 from tools.distil_draft.llama import plain_weights
@@ -22,7 +23,8 @@ def write_draft(directory: Path, model: Any, config: ModelConfig) -> None:
     part.mkdir(parents=True)
     weights = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in plain_weights(model).items()}
     save_file(weights, part / SINGLE_NAME, metadata={"format": "pt"})
-    (part / "config.json").write_bytes(orjson.dumps(_fields(config), option=orjson.OPT_INDENT_2) + b"\n")
+    fields = config_fields(config) | {"dtype": "bfloat16"}
+    (part / "config.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2) + b"\n")
     shutil.copymode(part / "config.json", part / SINGLE_NAME)  # the library makes files for their owner alone
     assert read_model_config(part) == config
     shutil.rmtree(directory, ignore_errors=True)
@@ -33,24 +35,3 @@ def copy_draft(source: Path, destination: Path) -> None:
     """Into a directory that exists."""
     for name in (SINGLE_NAME, "config.json"):
         shutil.copy(source / name, destination / name)
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": [config.architecture],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "eos_token_id": list(config.eos_token_ids),
-        "rope_theta": config.rope.theta,
-    }
