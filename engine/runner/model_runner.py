@@ -44,12 +44,16 @@ class ModelRunner:
         Raises:
             torch.OutOfMemoryError, RuntimeError: the device could not do it; no request's earlier KV is touched.
         """
-        sampling = [  # those whose chunk `samples`, less two calls for each
-            chunk.request
-            for chunk in step.chunks
-            if chunk.start + chunk.num_scheduled_tokens - len(chunk.draft_token_ids) == chunk.request.num_tokens
-        ]
-        drafts = [chunk.draft_token_ids for chunk in step.chunks if chunk.samples] if step.num_draft_tokens else []
+        drafts: list[Sequence[int]] = []
+        if step.num_draft_tokens:
+            chunks = [chunk for chunk in step.chunks if chunk.samples]
+            sampling, drafts = [chunk.request for chunk in chunks], [chunk.draft_token_ids for chunk in chunks]
+        else:
+            sampling = [  # the same, less two calls for each
+                chunk.request
+                for chunk in step.chunks
+                if chunk.start + chunk.num_scheduled_tokens == chunk.request.num_tokens
+            ]
         is_chosen = all(map(_is_chosen_by_device, sampling))
         has_details = any(request.sampling.logprobs is not None for request in sampling)
         return LaunchedStep(step, sampling, drafts, self.forward.launch(step.chunks), is_chosen, has_details)

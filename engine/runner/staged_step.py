@@ -41,8 +41,9 @@ class ChunkLists:
             request, start, length = chunk.request, chunk.start, chunk.num_scheduled_tokens
             stop = start + length
             drafts = chunk.draft_token_ids
+            num_known = stop - len(drafts)  # of the request's tokens
             if not request.num_pending_tokens:
-                token_ids += request.token_ids(start, stop - len(drafts))
+                token_ids += request.token_ids(start, num_known)
                 source = -1
             else:
                 assert length == 1, f"request {request.request_id} computes {length} tokens, the last of them unknown"
@@ -51,7 +52,7 @@ class ChunkLists:
             sources.append(source)
             lengths.append(length)
             stops.append(stop)
-            if stop - len(drafts) == request.num_tokens:
+            if num_known == request.num_tokens:
                 logit_rows.append(len(token_ids) - 1)
                 num_drafts.append(0)
                 sampling.append(request)

@@ -128,7 +128,10 @@ class Scheduler:
             if request.status is not running:
                 continue
             assert request.num_computed_tokens == start, f"request {request.request_id} is committed out of turn"
-            stop = request.num_computed_tokens = start + chunk.num_scheduled_tokens - len(chunk.draft_token_ids)
+            stop = start + chunk.num_scheduled_tokens
+            if chunk.draft_token_ids:
+                stop -= len(chunk.draft_token_ids)
+            request.num_computed_tokens = stop
             if stop // block_size != start // block_size:
                 self._cache.commit(request)
 
