@@ -48,12 +48,12 @@ class ScheduledStep:
 
     `exhausted` requests have grown past the whole pool: the scheduler has finished them with `FinishReason.LENGTH`,
     and the engine tells their clients. A step of which only this is left has no chunks and is not run.
+    `num_draft_tokens`: of all chunks.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     exhausted: list[Request] = field(default_factory=list)
-
     num_draft_tokens: int = 0
 
     @property

@@ -122,8 +122,9 @@ def check_draft_model(config: AppConfig, path: Path, target: "Checkpoint", token
     """
     from engine.loader.checkpoint import open_checkpoint
     from engine.model.weights import check_tensors
+    from engine.speculative.vocabulary import vocabulary_mismatch
     from engine.tokenizer import load_tokenizer
-    from serve_app.draft_vocabulary import token_mismatch, vocabulary_mismatch
+    from serve_app.draft_vocabulary import token_mismatch
 
     assert config.draft_model is not None
     draft = open_checkpoint(path)

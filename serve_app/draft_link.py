@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import zmq
 
+from engine.speculative.vocabulary import vocabulary_mismatch
 from serve_app.draft_messages import PROTOCOL, Hello, MalformedCount, MalformedError, Welcome, decode_from_draft
 from serve_app.draft_transport import Endpoint, KeyPair, connect
-from serve_app.draft_vocabulary import vocabulary_mismatch
 from serve_app.messages import encode
 
 logger = logging.getLogger("ray.serve")

@@ -77,10 +77,11 @@ class Speculation:
             (self._drafted_times if step.num_draft_tokens else self._plain_times).observe(num_rows, step_time_s)
 
     def observe_round(self, request: Request, num_drafted_tokens: int, num_accepted_tokens: int) -> None:
-        """Drafts of a request have been verified."""
-        estimate, _ = self._estimates.get(request) or (AcceptanceEstimate(self._overall.probability), 0)
-        self._estimates[request] = estimate, request.num_tokens
-        estimate.observe(num_drafted_tokens, num_accepted_tokens)
+        """Drafts of a request have been verified. It may have ended with them."""
+        if request.finish_reason is None:
+            estimate, _ = self._estimates.get(request) or (AcceptanceEstimate(self._overall.probability), 0)
+            self._estimates[request] = estimate, request.num_tokens
+            estimate.observe(num_drafted_tokens, num_accepted_tokens)
         self._overall.observe(num_drafted_tokens, num_accepted_tokens)
         self._num_rounds += 1
         self._num_drafted_tokens += num_drafted_tokens

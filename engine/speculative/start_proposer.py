@@ -13,6 +13,7 @@ from engine.speculative.draft_model import DraftModel
 from engine.speculative.local import LocalProposer
 from engine.speculative.ngram import NgramProposer
 from engine.speculative.proposer import Proposer
+from engine.speculative.vocabulary import vocabulary_mismatch
 
 DRAFT_TOKEN_BUDGET = 512  # rows of a step of the draft model: prompts are short work for it, and each bucket is a graph
 DRAFT_CACHE_SHARE = 0.1  # of a GPU's free memory, for the KV of a draft model beside its target
@@ -37,11 +38,9 @@ def _start_draft_model(config: EngineConfig, target: ModelConfig) -> DraftModel:
     path = config.speculative.draft_model_path
     assert path is not None
     checkpoint = open_checkpoint(path)
-    if checkpoint.config.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"the draft model {path} has a vocabulary of {checkpoint.config.vocab_size} tokens and its target one of "
-            f"{target.vocab_size}: a draft model must have the vocabulary of its target"
-        )
+    mismatch = vocabulary_mismatch(str(path), checkpoint.config.vocab_size, "its target", target.vocab_size)
+    if mismatch is not None:
+        raise ConfigError(mismatch)
     device, dtype = prepare_device(config)
     limits = config.scheduler
     token_budget = min(limits.token_budget, DRAFT_TOKEN_BUDGET)

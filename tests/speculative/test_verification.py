@@ -118,6 +118,8 @@ def test_an_oracle_that_is_right_until_some_place(
         assert accepted == drafted > 150
         assert engine.stats().num_steps < 25  # 45 tokens at most, five a step
     assert sorted(oracle.forgotten) == sorted(outputs)
+    assert engine._speculation is not None
+    assert not engine._speculation._estimates, "requests that have ended are remembered"
 
 
 def test_random_drafts(path: Path, expected: dict[str, list[object]]) -> None:

@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -66,11 +67,8 @@ def main(
 
     output.mkdir(parents=True, exist_ok=True)
     count = jobs or len(os.sched_getaffinity(0))
-    if are_per_kernel():
-        with driver_stub() as stub:
-            compiled = compile_all(kernels, target, output, count, stub, show)
-    else:
-        compiled = compile_all(kernels, target, output, count, None, show)
+    with driver_stub() if are_per_kernel() else nullcontext() as stub:
+        compiled = compile_all(kernels, target, output, count, stub, show)
     print(f"{output}: {len(compiled)} kernels, {sum(kernel.is_new for kernel in compiled)} of them new")
 
 
