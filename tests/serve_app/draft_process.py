@@ -1,8 +1,9 @@
 """A draft server in a process of its own, to be killed and stopped. Its first line of output is its address."""
 
-import shutil
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +24,21 @@ ROOT = Path(__file__).parents[2]
 def draft_process(name: str = "toy", *model: str) -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
     """The process, which is killed in the end, and where it listens. model: path, device and dtype; else a toy."""
     command = [sys.executable, "-m", "tests.serve_app.draft_process", name, *model]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        endpoint = Endpoint(process.stdout.readline().strip())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Killed, it leaves the directory of its socket, which is therefore one of ours.
+    with (
+        tempfile.TemporaryDirectory(prefix="draft-") as directory,
+        subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=os.environ | {"TMPDIR": directory}) as process,
+    ):
         try:
-            yield process, endpoint
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            if not address:
+                raise RuntimeError("the draft process has ended before it listened")
+            yield process, Endpoint(address)
         finally:
             process.kill()
             process.wait()
-            shutil.rmtree(Path(endpoint.address.removeprefix("ipc://")).parent)  # killed, it leaves its directory
 
 
 def _load(path: str, device: str, dtype: str) -> DraftModel:

@@ -62,6 +62,15 @@ class _Graph:
         return 0
 
 
+class _Generator:
+    """A class, as annotations ask for, whose instances are generators of the CPU."""
+
+    _plain = torch.Generator
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return cls._plain()
+
+
 class _Driver(TargetDriver):
     """With what tests ask for besides."""
 
@@ -110,8 +119,7 @@ def pretend(gpu: KnownGPU) -> None:
     cuda.graph = cuda.stream = lambda *_, **__: nullcontext()
     cuda.current_stream = cuda.default_stream = lambda *_: _Event()
     anything: Any = torch
-    plain = torch.Generator
-    anything.Generator = lambda *_, **__: plain()
+    anything.Generator = _Generator
     torch.testing.assert_close = lambda *_, **__: None
     triton.runtime.driver.set_active(_Driver(GPUTarget("cuda", 10 * major + minor, 32), gpu))
     _let_choices_be_numbers()
