@@ -111,9 +111,10 @@ class SchedulerConfig:
     max_model_len: int = 2048  # prompt and output tokens of one request
     max_draft_tokens: int = 0  # rows of one step for tokens that are proposed and not chosen yet
     priority_aging_s: float = 60.0  # one level of priority counts as much as having arrived this much earlier
+    fair_quantum_tokens: int = 512  # what each of several tenants is served before the next one's turn
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "token_budget", "max_model_len"):
+        for name in ("max_num_seqs", "token_budget", "max_model_len", "fair_quantum_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_draft_tokens < 0:

@@ -215,9 +215,11 @@ class LLMEngine:
             return None  # all of them end here
         if self._blocks.pool.num_free_blocks < self._scheduler.num_running:
             return None  # somebody might be preempted, whose pending token would be lost
+        if self._scheduler.is_displacement_due:
+            return None  # the same
         for request in live:
             request.expect_output()
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(may_displace=False)
         assert not step.preempted
         assert not step.exhausted
         if not step.chunks:

@@ -107,8 +107,9 @@ class Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams  # its seed is never None here
     choice_index: int = 0  # which of the `n` choices: part of the noise key
-    priority: int = 0  # lower runs first; equal ones first come, first served
+    priority: int = 0  # lower runs first; equal ones of a tenant first come, first served
     arrival_s: float = 0.0  # time.monotonic()
+    tenant: str = ""  # on whose behalf: tenants share the engine fairly (engine.scheduler.fair_queue)
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -175,3 +175,31 @@ def test_an_idle_engine_waits_for_what_is_under_way(path: Path) -> None:
     assert engine._in_flight is None
     expected = make_engine(path, ahead=False).generate(make_requests())
     assert [r.output_token_ids for r in engine.generate(make_requests())] == [r.output_token_ids for r in expected]
+
+
+def test_another_tenant_is_let_in_and_no_token_changes(path: Path) -> None:
+    """A holds all seats and runs ahead; B takes one of them, for which the engine pauses running ahead."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+
+    def make(tenant: str, count: int) -> list[Request]:
+        return [Request(f"{tenant}{i}", [i + 9] * (10 + i), sampling, tenant=tenant) for i in range(count)]
+
+    expected = make_engine(path, ahead=False).generate(make("A", 6) + make("B", 1))
+    engine = make_engine(path, ahead=True, max_num_seqs=4)
+    of_a, [of_b] = make("A", 6), make("B", 1)
+    for request in of_a:
+        engine.add(request)
+    for _ in range(10):
+        engine.step()
+    before = num_ahead(engine)
+    engine.add(of_b)
+    for _ in range(4):
+        engine.step()
+    assert of_b.output_token_ids
+    assert engine.stats().num_preemptions == 1
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert before > 5
+    assert num_ahead(engine) - before > 50
+    assert [r.output_token_ids for r in (*of_a, of_b)] == [r.output_token_ids for r in expected]

@@ -60,7 +60,7 @@ class BlockManager:
         assert not request.block_table, f"request {request.request_id} is admitted with blocks"
         pool = self.pool
         cached = self._find_cached_blocks(request)
-        num_new = self._num_blocks_for(request.num_tokens) - len(cached)
+        num_new = self.num_blocks_for(request.num_tokens) - len(cached)
         num_idle = sum(pool.is_free(block) for block in cached)
         if num_new + num_idle + num_reserved_blocks > pool.num_free_blocks:
             return None
@@ -78,7 +78,7 @@ class BlockManager:
 
         All or nothing: False, and no change, where fewer than `num_reserved_blocks` free blocks would remain.
         """
-        num_new = self._num_blocks_for(num_tokens) - len(request.block_table)
+        num_new = self.num_blocks_for(num_tokens) - len(request.block_table)
         if num_new > 0 and num_new + num_reserved_blocks > self.pool.num_free_blocks:
             return False
         if num_new > 0:
@@ -193,5 +193,6 @@ class BlockManager:
             lineage = self._lineages[request] = _Lineage()
         return lineage
 
-    def _num_blocks_for(self, num_tokens: int) -> int:
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks of a request with so many tokens."""
         return -(-num_tokens // self.block_size)

@@ -1,23 +1,37 @@
 """Continuous batching: what each engine step computes, under a token budget and a pool of blocks."""
 
+from collections.abc import Sequence
+
 from engine.batch import ScheduledChunk, ScheduledStep
 from engine.cache.block_manager import BlockManager
 from engine.config import SchedulerConfig
 from engine.errors import InvalidRequest
 from engine.request import FinishReason, Request, RequestStatus
+from engine.scheduler.fair_exchange import fair_exchange, fair_victim
 from engine.scheduler.ranking import Ranked, RankedRequests, virtual_arrival_s
+from engine.scheduler.waiting_requests import WaitingRequests
+
+_FIRST_OVERTAKING = -(2**62)  # they are counted from here, and never reach 0
 
 
 class Scheduler:
     """Decides which tokens the next step computes. Used by one thread: schedule, run, commit, append, finish, repeat.
 
-    **Order.** All requests stand in one strict order that never changes (`ranking`): priority, aged by waiting, then
-    first come. Admission goes down this order without overtaking, and the victim of preemption is always the last of
-    it. A preempted request so returns ahead of all that came after it. Admission also waits for a running prefill that
-    is about to complete a block of the next request's prefix, which is then found instead of computed again.
+    **Order.** All requests stand in one strict order (`ranking`): priority, aged by waiting, then first come. With one
+    tenant it never changes: admission goes down this order without overtaking, and the victim of preemption is always
+    the last of it. A preempted request so returns ahead of all that came after it. Admission also waits for a running
+    prefill that is about to complete a block of the next request's prefix, which is then found instead of computed
+    again.
+
+    **Fairness.** Requests of one priority and several tenants are admitted by the tenants' turns (`fair_queue`), and
+    the rows that they get in a step are what the tenants are charged. Who is admitted ahead of others takes its place
+    in the order there. Where the next one finds no room, the tenant that holds least may take room from the one that
+    holds most (`fair_exchange`), and running prefills leave rows to another tenant whose turn it is. So a tenant that
+    comes late waits neither for the queue nor for the answers of one that came first. With one tenant, nothing of this
+    costs a step anything.
 
     **Progress.** The first of the running requests is never preempted, because a victim stands behind the request in
-    need of its block, or is that request. It gets a row in every step or finishes, so it ends in a bounded number of
+    need of its block, or is that request, or is another one than the first. It gets a row in every step or finishes, so it ends in a bounded number of
     steps, and then the next is first. Two large requests therefore cannot preempt each other in turn. The first of
     the waiting ones is admitted at the latest when nobody runs.
 
@@ -39,10 +53,12 @@ class Scheduler:
         self._cache = cache
         self._max_chunk = min(config.max_prefill_chunk or config.token_budget, config.token_budget)
         self._entries: dict[str, Ranked] = {}
-        self._waiting = RankedRequests()
+        self._waiting = WaitingRequests(config.fair_quantum_tokens)
         self._running = RankedRequests()
         self._num_added = 0
+        self._overtaking = _FIRST_OVERTAKING
         self.num_preemptions = 0  # since the start
+        self.is_displacement_due = False  # the last `schedule` might not displace anybody, and would have
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -51,7 +67,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Request, ...]:
-        """Requests in the order in which they will be admitted."""
+        """Requests in the order in which they will be admitted, as far as they are of one tenant."""
         return tuple(entry.request for entry in self._waiting)
 
     @property
@@ -86,18 +102,20 @@ class Scheduler:
                     "prompt",
                 )
         arrival_s = virtual_arrival_s(request.arrival_s, request.priority, self._config.priority_aging_s)
-        entry = Ranked(arrival_s, self._num_added, request)
+        entry = Ranked(arrival_s, self._num_added, 0, request)
         self._num_added += 1
         self._entries[request.request_id] = entry
-        self._waiting.add(entry)
+        self._waiting.enter(entry)
 
-    def schedule(self) -> ScheduledStep:
+    def schedule(self, may_displace: bool = True) -> ScheduledStep:
         """Choose the next step: a row for each decoding request, then chunks of running prefills, then new requests.
 
         The blocks that the chunks write to are in the requests' block tables when it returns. A step may be
-        scheduled again if it was not run: nothing counts as computed before `commit`.
+        scheduled again if it was not run: nothing counts as computed before `commit`. may_displace: one tenant's
+        requests may be preempted for another's; False where these expect tokens that would be lost.
         """
         step = ScheduledStep()
+        self.is_displacement_due = False
         prefills = self._schedule_decodes(step)
         budget = self._config.token_budget - len(step.chunks)
         assert budget >= (1 if prefills else 0), "more requests run than a step has rows"
@@ -107,11 +125,17 @@ class Scheduler:
                 budget -= step.num_draft_tokens
             for entry in self._running:
                 entry.request.draft_token_ids = ()  # they were for this step alone
+        num_kept_rows = self._rows_for_next(prefills, budget) if self._waiting.are_shared else 0
+        budget -= num_kept_rows
         for request in prefills:
             budget = self._schedule_prefill(step, request, budget)
-        # Blocks are short after a preemption, and whoever gave them up is ahead of most that wait.
-        if not step.preempted:
-            self._admit(step, budget)
+        if self._waiting.are_shared:
+            for chunk in step.chunks:
+                self._waiting.charge(chunk.request, chunk.num_known_tokens)
+        budget += num_kept_rows
+        budget = self._admit(step, budget, may_displace)
+        if num_kept_rows and budget > 0:
+            self._lengthen_prefills(step, budget)
         assert step.chunks or step.exhausted or not self.has_work, "work is pending and nothing is scheduled"
         return step
 
@@ -155,6 +179,7 @@ class Scheduler:
         entry = self._entries.pop(request.request_id)
         assert entry.request is request, f"two requests have the id {request.request_id}"
         (self._running if request.status is RequestStatus.RUNNING else self._waiting).remove(entry)
+        self._waiting.leave(entry)
         if reason is FinishReason.ERROR:
             self._cache.distrust(request)
         self._take_blocks(request)
@@ -194,6 +219,7 @@ class Scheduler:
                 )
                 assert request.num_computed_tokens <= request.num_tokens, f"request {name} computed unknown tokens"
                 assert request.block_table or not request.num_computed_tokens, f"request {name} computed without blocks"
+        self._waiting.check_integrity()
         self._cache.check_integrity([entry.request for entry in self._entries.values()])
 
     def _schedule_decodes(self, step: ScheduledStep) -> list[Request]:
@@ -211,7 +237,7 @@ class Scheduler:
                 prefills.append(request)
             elif num_tokens <= len(request.block_table) * block_size or self._make_room(step, entry):
                 chunks.append(ScheduledChunk(request, num_tokens - 1, 1))
-        return prefills
+        return [request for request in prefills if request.status is running] if step.preempted else prefills
 
     def _add_drafts(self, step: ScheduledStep, limit: int) -> None:
         """Let the chunks of decoding requests go on with what is proposed for them, in rows and blocks that are left.
@@ -234,21 +260,28 @@ class Scheduler:
                 step.num_draft_tokens += num_drafts
 
     def _make_room(self, step: ScheduledStep, entry: Ranked) -> bool:
-        """Find a running request its next block, preempting from the end; False if it had to leave itself.
-
-        Victims stand behind the request, and requests are visited in order, so no victim is in the step yet.
-        """
+        """Find a running request its next block, preempting others; False if it had to leave itself."""
         request = entry.request
         if request.num_tokens > self._cache.capacity_tokens:  # it ends, rather than wait for ever
             self.finish(request, FinishReason.LENGTH)
             step.exhausted.append(request)
             return False
         while not self._cache.grow(request, request.num_tokens):
-            victim = self._running[-1]
+            victim = self._victim()
+            self._unschedule(step, victim.request)
             self._preempt(step, victim)
             if victim is entry:
                 return False
         return True
+
+    def _victim(self) -> Ranked:
+        """Who is preempted where blocks are short: the last in order; among tenants, of the one that holds most."""
+        last = self._running[-1]
+        if not self._waiting.are_shared:
+            return last  # and as requests are visited in order, it is not in the step yet
+        priority = last.request.priority
+        victim = fair_victim([entry for entry in self._running if entry.request.priority == priority])
+        return victim if victim is not self._running[0] else last
 
     def _preempt(self, step: ScheduledStep, entry: Ranked) -> None:
         """Send a running request back to wait, without its blocks. Their cached contents survive until needed."""
@@ -274,24 +307,96 @@ class Scheduler:
             step.chunks.append(ScheduledChunk(request, start, num_scheduled_tokens))
         return budget - num_scheduled_tokens
 
-    def _admit(self, step: ScheduledStep, budget: int) -> None:
-        """Start waiting requests in order while there are rows, seats and blocks. Nobody overtakes one that waits."""
-        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
-            entry = self._waiting[0]
-            request = entry.request
-            # Each running request has a block of its own (its last one is new at admission, and it takes the next one
-            # before anyone can be admitted to share that), so who fills the whole pool runs alone and is no victim.
-            assert request.num_tokens <= self._cache.capacity_tokens, f"request {request.request_id} waits for ever"
-            if self._cache.is_prefix_under_way(request):
-                return  # waits for no longer than its own prefill would have kept those behind it waiting
-            num_reserved_blocks = len(self._running) + 1 if self._running else 0
-            num_cached_tokens = self._cache.admit(request, num_reserved_blocks)
-            if num_cached_tokens is None:
-                return
-            if request.num_preemptions == 0:
-                request.num_cached_tokens = num_cached_tokens
-            request.num_computed_tokens = num_cached_tokens
-            request.status = RequestStatus.RUNNING
-            self._waiting.remove(entry)
-            self._running.add(entry)
-            budget = self._schedule_prefill(step, request, budget)
+    def _rows_for_next(self, prefills: Sequence[Request], budget: int) -> int:
+        """Half of the rows, where the running prefills are not of the tenant whose turn it is: a long prompt is cut into
+        smaller chunks, and the next tenant's first token does not wait for the last of them."""
+        if not prefills or not self._waiting:
+            return 0
+        tenant = self._waiting.next().request.tenant
+        return 0 if any(request.tenant == tenant for request in prefills) else budget // 2
+
+    def _lengthen_prefills(self, step: ScheduledStep, budget: int) -> None:
+        """Give the rows that were kept for another tenant, and that it did not take, back to the prefills."""
+        for place, chunk in enumerate(step.chunks):
+            request, num_tokens = chunk.request, chunk.num_scheduled_tokens
+            more = min(request.num_tokens - chunk.stop, self._max_chunk - num_tokens, budget)
+            if more > 0:
+                step.chunks[place] = ScheduledChunk(request, chunk.start, num_tokens + more)
+                self._waiting.charge(request, more)
+                budget -= more
+
+    def _admit(self, step: ScheduledStep, budget: int, may_displace: bool) -> int:
+        """Start waiting requests in order while there are rows, seats and blocks; returns what is left of the budget.
+
+        Nobody of its own tenant overtakes one that waits.
+        """
+        # Blocks are short after a preemption, and whoever gave them up is ahead of most that wait.
+        is_short = bool(step.preempted)
+        while self._waiting and budget > 0:
+            entry: Ranked | None = self._waiting.next()
+            assert entry is not None
+            if not is_short and self._cache.is_prefix_under_way(entry.request):
+                break  # waits for no longer than its own prefill would have kept those behind it waiting
+            if is_short or not self._start(entry):
+                entry = self._displace(step, may_displace) if self._waiting.are_shared else None
+                if entry is None:
+                    break
+                budget = self._config.token_budget - step.num_scheduled_tokens
+            num_left = self._schedule_prefill(step, entry.request, budget)
+            self._waiting.charge(entry.request, budget - num_left)
+            budget = num_left
+        return budget
+
+    def _start(self, entry: Ranked) -> bool:
+        """Let a waiting request run, if there are a seat and blocks for it."""
+        if len(self._running) >= self._config.max_num_seqs:
+            return False
+        request = entry.request
+        # Each running request has a block of its own (its last one is new at admission, and it takes the next one
+        # before anyone can be admitted to share that), so who fills the whole pool runs alone and is no victim.
+        assert request.num_tokens <= self._cache.capacity_tokens, f"request {request.request_id} waits for ever"
+        num_reserved_blocks = len(self._running) + 1 if self._running else 0
+        num_cached_tokens = self._cache.admit(request, num_reserved_blocks)
+        if num_cached_tokens is None:
+            return False
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = num_cached_tokens
+        request.num_computed_tokens = num_cached_tokens
+        request.status = RequestStatus.RUNNING
+        first = self._waiting.first
+        self._waiting.remove(entry)
+        if entry is not first:  # another tenant's, of the same priority
+            entry = entry.ahead_of(first, self._overtaking)
+            self._overtaking += 1
+            self._entries[request.request_id] = entry
+        self._running.add(entry)
+        return True
+
+    def _displace(self, step: ScheduledStep, may_displace: bool) -> Ranked | None:
+        """Start the next request of the tenant that holds least in the room of the one that holds most, if it is due.
+
+        Returns it. Who was displaced waits, and finds again what of its blocks is not used meanwhile.
+        """
+        priority = self._waiting.first.request.priority
+        peers = [entry for entry in self._running if entry.request.priority == priority]
+        entry, victims = fair_exchange(peers, self._waiting.heads(priority), self._cache.num_blocks_for)
+        if not victims or self._cache.is_prefix_under_way(entry.request):
+            return None
+        if not may_displace:
+            self.is_displacement_due = True
+            return None
+        for victim in victims:
+            self._waiting.charge(victim.request, -self._unschedule(step, victim.request))
+            self._preempt(step, victim)
+            if self._start(entry):
+                return entry
+        return None
+
+    def _unschedule(self, step: ScheduledStep, request: Request) -> int:
+        """Take a request's chunk, if it has one, out of a step that is being made; returns its tokens without drafts."""
+        for place, chunk in enumerate(step.chunks):
+            if chunk.request is request:
+                step.num_draft_tokens -= len(chunk.draft_token_ids)
+                del step.chunks[place]
+                return chunk.num_known_tokens
+        return 0

@@ -98,11 +98,18 @@ class SimulatedEngine:
         """The most tokens of a request: the last one needs no slot."""
         return min(self.config.max_model_len, self.cache.capacity_tokens + 1)
 
-    def add(self, prompt: list[int], max_tokens: int = 4, priority: int = 0, arrival_s: float | None = None) -> Request:
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int = 4,
+        priority: int = 0,
+        arrival_s: float | None = None,
+        tenant: str = "",
+    ) -> Request:
         name = f"r{len(self.requests)}"
         arrival_s = float(self.num_steps) if arrival_s is None else arrival_s
         sampling = SamplingParams(seed=0, max_tokens=max_tokens)
-        request = Request(name, prompt, sampling, priority=priority, arrival_s=arrival_s)
+        request = Request(name, prompt, sampling, priority=priority, arrival_s=arrival_s, tenant=tenant)
         self.scheduler.add(request)
         self.requests.append(request)
         return request
@@ -207,6 +214,9 @@ class SimulatedEngine:
         # Admission is in order, and not in a step that took blocks from somebody.
         admitted = [request for request in waiting if request.status is RequestStatus.RUNNING]
         left = [request for request in waiting if request.status is RequestStatus.WAITING]
+        if len({request.tenant for request in self.requests}) > 1:
+            self._check_order_of_tenants(admitted, left, waiting)
+            return
         assert [*admitted, *left] == [r for r in waiting if r not in step.exhausted], "a request overtook another"
         assert not (admitted and step.preempted)
         # Victims are the last of the order, and nobody is a victim soon after an admission.
@@ -221,6 +231,13 @@ class SimulatedEngine:
         for request in step.exhausted:
             assert request.num_tokens == self.cache.capacity_tokens + 1
             assert request.finish_reason is FinishReason.LENGTH
+
+    @staticmethod
+    def _check_order_of_tenants(admitted: list[Request], left: list[Request], waiting: tuple[Request, ...]) -> None:
+        """Of one tenant and one priority, nobody overtakes."""
+        for kind in {(request.tenant, request.priority) for request in waiting}:
+            mine = [r for r in (*admitted, *left) if (r.tenant, r.priority) == kind]
+            assert mine == [r for r in waiting if (r.tenant, r.priority) == kind], "a request overtook another"
 
     def _rank(self, request: Request) -> tuple[float, int]:
         virtual_arrival_s = request.arrival_s + request.priority * self.config.priority_aging_s

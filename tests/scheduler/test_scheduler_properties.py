@@ -27,6 +27,7 @@ def engines(num_blocks: st.SearchStrategy[int]) -> st.SearchStrategy[SimulatedEn
         max_model_len=st.sampled_from([12, 100]),
         max_draft_tokens=st.sampled_from([0, 0, 2, 20]),
         priority_aging_s=st.sampled_from([0.0, 3.0, 20.0]),
+        fair_quantum_tokens=st.sampled_from([1, 8]),
     )
     return st.builds(SimulatedEngine, configs, num_blocks, st.sampled_from([1, 2, 4]), st.booleans())
 
@@ -34,15 +35,17 @@ def engines(num_blocks: st.SearchStrategy[int]) -> st.SearchStrategy[SimulatedEn
 class Load(RuleBasedStateMachine):
     """Arrivals, steps, aborts and failures in any order on an engine with hardly any room."""
 
+    tenants = ("", "", "")
+
     @initialize(engine=engines(st.integers(2, 12)))
     def start(self, engine: SimulatedEngine) -> None:
         self.engine = engine
 
-    @rule(prompt=prompts, max_tokens=st.integers(1, 12), priority=st.integers(-2, 2))
-    def arrive(self, prompt: list[int], max_tokens: int, priority: int) -> None:
+    @rule(prompt=prompts, max_tokens=st.integers(1, 12), priority=st.integers(-2, 2), tenant=st.integers(0, 2))
+    def arrive(self, prompt: list[int], max_tokens: int, priority: int, tenant: int) -> None:
         too_long = len(prompt) + 1 > min(self.engine.config.max_model_len, self.engine.cache.capacity_tokens)
         try:
-            self.engine.add(list(prompt), max_tokens, priority)
+            self.engine.add(list(prompt), max_tokens, priority, tenant=self.tenants[tenant])
         except InvalidRequest:
             assert too_long
         else:
@@ -70,9 +73,9 @@ class Load(RuleBasedStateMachine):
         self.engine.step(aborting=index)
 
     @precondition(lambda self: self.engine.scheduler.has_work)
-    @rule()
-    def schedule_and_do_not_run(self) -> None:
-        self.engine.scheduler.schedule()
+    @rule(may_displace=st.booleans())
+    def schedule_and_do_not_run(self, may_displace: bool) -> None:
+        self.engine.scheduler.schedule(may_displace)
         self.engine.scheduler.check_integrity()
 
     def teardown(self) -> None:
@@ -80,8 +83,16 @@ class Load(RuleBasedStateMachine):
             self.engine.drain()
 
 
+class LoadOfTenants(Load):
+    """The same from several tenants, who displace each other."""
+
+    tenants = ("A", "B", "C")
+
+
 TestLoad = Load.TestCase
 TestLoad.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+TestLoadOfTenants = LoadOfTenants.TestCase
+TestLoadOfTenants.settings = TestLoad.settings
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
