@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 
-from engine.errors import EngineDeadError, InvalidRequest
+from engine.errors import EngineDeadError, EngineFullError, InvalidRequest
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, RequestOutput
 from engine.stats import EngineStats
@@ -43,8 +43,13 @@ class AsyncEngine:
     that raises.
     """
 
-    def __init__(self, engine: LLMEngine, stall_limit_s: float = STALL_LIMIT_S) -> None:
+    def __init__(
+        self, engine: LLMEngine, stall_limit_s: float = STALL_LIMIT_S, max_requests: int | None = None
+    ) -> None:
+        """max_requests: waiting and running, from which on it accepts no more; None: any number."""
         self.engine = engine
+        self._max_requests = max_requests
+        self._num_posted = 0  # requests that the thread has not seen yet
         self._stall_limit_s = stall_limit_s
         self._commands: deque[_Group | _Abort] = deque()
         self._wake = threading.Condition()
@@ -81,6 +86,8 @@ class AsyncEngine:
         A request that the engine refuses gets an output with FinishReason.ERROR; its siblings go on.
 
         Raises:
+            EngineFullError: there are max_requests already. What is submitted together is taken together, so there may
+                be more by that much.
             EngineDeadError: the thread has ended.
         """
         self._post(_Group(requests, on_outputs))
@@ -110,6 +117,11 @@ class AsyncEngine:
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineDeadError(f"the engine has stopped: {self._failure or 'it was shut down'}")
+            if isinstance(command, _Group):
+                num_requests = len(self._groups) + self._num_posted
+                if self._max_requests is not None and num_requests >= self._max_requests:
+                    raise EngineFullError(f"the engine has {num_requests} requests already; try again later")
+                self._num_posted += len(command.requests)
             self._commands.append(command)
             if not self._busy:
                 self._last_progress_s = monotonic()
@@ -120,7 +132,7 @@ class AsyncEngine:
         try:
             while self._wait_for_work():
                 while self._commands:
-                    self._execute(self._commands.popleft())
+                    self._execute(self._next_command())
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
                 self._stats = self.engine.stats()
@@ -154,14 +166,22 @@ class AsyncEngine:
                 self.engine.check_integrity()
                 checked = True
 
+    def _next_command(self) -> _Group | _Abort:
+        with self._wake:
+            command = self._commands.popleft()
+            if isinstance(command, _Group):
+                self._num_posted -= len(command.requests)
+                for request in command.requests:
+                    assert request.request_id not in self._groups, f"two requests named {request.request_id}"
+                    self._groups[request.request_id] = command
+            return command
+
     def _execute(self, command: _Group | _Abort) -> None:
         if isinstance(command, _Abort):
             ended = [self.engine.abort(request_id) for request_id in command.request_ids]
             self._deliver([output for output in ended if output is not None])
             return
         for request in command.requests:
-            assert request.request_id not in self._groups, f"two requests named {request.request_id}"
-            self._groups[request.request_id] = command
             try:
                 self.engine.add(request)
             except InvalidRequest as error:

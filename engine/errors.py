@@ -23,5 +23,9 @@ class InvalidRequest(SlipstreamError, ValueError):  # noqa: N818 - named for wha
         self.code = code
 
 
+class EngineFullError(SlipstreamError):
+    """The engine's queue is full; it may take requests again as soon as others have ended."""
+
+
 class EngineDeadError(SlipstreamError):
     """The engine thread has stopped; nothing more can be served by this process."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from engine.request import RequestOutput, SamplingParams
 from engine.tokenizer import Tokenizer
+from serve_app.time_limits import NO_LIMITS, TimeLimits
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,17 @@ class GenerateCall:
     max_tokens: int | None  # None: whatever the context still holds
     add_special_tokens: bool  # False where a chat template has already written them
     priority: int = 0
+    tenant: str = ""  # on whose behalf: tenants have equal shares where there is not enough for all
+    limits: TimeLimits = NO_LIMITS
     arrival_s: float = field(default_factory=time.monotonic)  # when the request had been read
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    def seconds_left(self, has_begun: bool) -> float:
+        """Until its next time-out; has_begun: it has a token."""
+        return self.arrival_s + self.limits.next_timeout_s(has_begun) - time.monotonic()
 
 
 class TokenStream(Protocol):
@@ -32,7 +43,7 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
     def abort(self) -> None:
-        """Free the request in the engine. Returns at once; harmless when it has ended already."""
+        """Free the request in the engine; the stream ends. Returns at once; harmless when it has ended already."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Admitter(Protocol):
     """Takes calls to the engine replicas.
 
     `admit` raises InvalidRequest (the prompt does not fit, a token id is out of range, ...),
-    OverloadedError (429) or UnavailableError (503), both of serve_app.errors.
+    OverloadedError (429), UnavailableError (503) or TimedOutError (429, 504), all of serve_app.errors.
     """
 
     model_name: str
@@ -65,3 +76,6 @@ class Admitter(Protocol):
     async def admit(self, call: GenerateCall) -> Admitted: ...
 
     async def readiness(self) -> Readiness: ...
+
+    def retry_after_s(self) -> float:
+        """When a place in the queue is likely to be free."""

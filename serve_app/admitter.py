@@ -7,8 +7,11 @@ item is its result.
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ray import serve
 
@@ -21,6 +24,7 @@ from serve_app.errors import GenerationError, OverloadedError
 from serve_app.group import PlacedPrompt
 from serve_app.messages import Opening, SubmittedPrompt
 from serve_app.prompt_encoding import PromptEncoder, TextPrompt, too_long
+from serve_app.queue_places import QueuePlaces
 from serve_app.readiness import ReadinessCheck, ReadinessState
 from serve_app.token_stream import RequestStream
 
@@ -61,7 +65,7 @@ class BatchAdmitter:
         model_name: str,
         max_model_len: int,
         vocab_size: int,
-        max_queued_requests: int,
+        places: QueuePlaces,
     ) -> None:
         self.model_name = model_name
         self.max_model_len = max_model_len
@@ -70,16 +74,28 @@ class BatchAdmitter:
         self._client = client
         self._readiness = readiness
         self._encoder = PromptEncoder(tokenizer, max_model_len)
-        self._max_queued = max_queued_requests
-        self._num_queued = 0  # choices that have had no output yet
+        self._places = places  # of choices that have had no output yet
 
     async def readiness(self) -> ReadinessState:
         return await self._readiness.state()
 
+    def retry_after_s(self) -> float:
+        return self._places.retry_after_s()
+
     async def admit(self, call: GenerateCall) -> Admitted:
         """See serve_app.admission.Admitter. Returns when an engine replica has taken every prompt."""
-        num_choices = len(call.prompts) * call.n
-        self._reserve(num_choices)
+        self._places.take(call.tenant, call.num_choices, time.monotonic())
+        seconds_left = call.seconds_left(has_begun=False)
+        try:
+            async with asyncio.timeout(None if seconds_left == math.inf else seconds_left):
+                return await self._admit(call)
+        except TimeoutError:
+            raise call.limits.error(has_begun=False, retry_after_s=self.retry_after_s()) from None
+        except OverloadedError as error:  # of the engines, which do not know when that will be over
+            raise OverloadedError(str(error), self.retry_after_s(), error.reason) from None
+
+    async def _admit(self, call: GenerateCall) -> Admitted:
+        """With places taken, which it gives back, or the streams do."""
         item = _Item(call, [_as_prompt(prompt, call.add_special_tokens) for prompt in call.prompts])
         try:
             await self._encode_long(item)
@@ -95,20 +111,11 @@ class BatchAdmitter:
             raise
         finally:
             if not item.streams:  # else each gives its own back
-                self._release(num_choices)
+                self._release(call.tenant, call.num_choices)
         return handed.admitted
 
-    def _reserve(self, num_choices: int) -> None:
-        if num_choices > self._max_queued:
-            raise InvalidRequest(
-                f"the request asks for {num_choices} choices, and this service queues at most {self._max_queued}", "n"
-            )
-        if self._num_queued + num_choices > self._max_queued:
-            raise OverloadedError(f"{self._num_queued} requests are waiting already; try again later")
-        self._num_queued += num_choices
-
-    def _release(self, num_choices: int = 1) -> None:
-        self._num_queued -= num_choices
+    def _release(self, tenant: str, num_choices: int) -> None:
+        self._places.give_back(tenant, num_choices, time.monotonic())
 
     async def _encode_long(self, item: _Item) -> None:
         for index, prompt in enumerate(item.prompts):
@@ -159,8 +166,8 @@ class BatchAdmitter:
             fitted = self._fit(call, sampling, ids, prompt if isinstance(prompt, TextPrompt) else None)
             names = [self._client.unique_request_id(call.request_id) for _ in range(call.n)]
             choices = [(name, index) for index, name in enumerate(names)]
-            streams = [RequestStream(name, self._release) for name in names]
-            placed.append(PlacedPrompt(SubmittedPrompt(ids, fitted, choices, call.priority), streams))
+            streams = [RequestStream(name, partial(self._release, call.tenant, 1)) for name in names]
+            placed.append(PlacedPrompt(SubmittedPrompt(ids, fitted, choices, call.priority, call.tenant), streams))
         item.streams = [stream for prompt in placed for stream in prompt.streams]
         return placed
 

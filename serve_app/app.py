@@ -225,10 +225,10 @@ def bind(
     load_draft: of the draft deployment, which there is with speculative=remote only.
     """
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
+    from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
     from serve_app.engine_deployment import Engine
-    from serve_app.ingress import Ingress
+    from serve_app.ingress import Ingress, IngressLimits
     from serve_app.request_router import EngineRouter
 
     common = {
@@ -254,6 +254,9 @@ def bind(
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": config.ingress_num_cpus},
         max_ongoing_requests=config.ingress_max_ongoing_requests,
+        # What Serve lets wait where even that is not enough: clients that take long to read what is ready for them.
+        max_queued_requests=config.ingress_max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         **common,
     )
     engine_arguments: list[Any] = [load_engine]
@@ -270,5 +273,7 @@ def bind(
             **common,
         )
         engine_arguments.append(draft.bind(load_draft))
-    application: Application = ingress.bind(engine.bind(*engine_arguments), load_model, config.max_queued_requests)
+    bound_engine = engine.bind(*engine_arguments, max_requests=config.max_num_seqs + config.max_waiting_requests)
+    limits = IngressLimits(config.max_queued_requests, config.max_queued_requests_per_key, config.time_limits)
+    application: Application = ingress.bind(bound_engine, load_model, limits)
     return application

@@ -25,6 +25,7 @@ from engine.config import (
 from engine.errors import ConfigError
 from engine.loader.catalogue import DEFAULT_MODEL
 from engine.quantize.formats import resolve_quantization
+from serve_app.time_limits import TimeLimits
 
 _BYTES_PER_GB = 10**9
 # Calls that Serve lets a replica run beyond those that our own limits allow: acknowledgements, aborts and health
@@ -64,6 +65,7 @@ _NoneFromText = BeforeValidator(_none_from_text)
 
 _Count = Annotated[_AtLeast1, Field(description=_COUNT)]
 _OptionalCount = Annotated[_AtLeast1 | None, _NoneFromText, Field(description=f"none or {_COUNT}")]
+_OptionalSeconds = Annotated[_AboveZero | None, _NoneFromText, Field(description="none or a number of seconds above 0")]
 _MOST = MAX_DRAFT_TOKENS
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
@@ -100,6 +102,10 @@ class AppConfig(BaseModel):
     enable_prefix_caching: bool = Field(True, description="true or false")
     num_threads: _OptionalCount = None  # None: every core that the replica may run on
     max_queued_requests: _Count = 1024  # in each ingress replica, waiting for their first token
+    max_queued_requests_per_key: _OptionalCount = None  # of those; None: see serve_app.queue_places
+    max_waiting_requests: _Count = 1024  # in each engine replica, beside max_num_seqs that run
+    queue_timeout_s: _OptionalSeconds = 120.0
+    request_timeout_s: _OptionalSeconds = None
     engine_replicas: _Count = 1
     ingress_replicas: _Count = 1
     engine_num_cpus: _Cpus = 0.5
@@ -160,6 +166,10 @@ class AppConfig(BaseModel):
         """What an engine counts as: a whole GPU, or what a draft that shares it leaves. These are Ray's books alone;
         the memory is shared out by CacheConfig.device_share, and the time by the driver."""
         return (self.device == "cuda") - (self.draft_gpu_share if self.draft_gpu_share < 1 else 0.0)
+
+    @property
+    def time_limits(self) -> TimeLimits:
+        return TimeLimits(self.queue_timeout_s, self.request_timeout_s)
 
     @property
     def model_name(self) -> str:

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.background import spawn
 from serve_app.control_link import ControlLink
-from serve_app.errors import UnavailableError
+from serve_app.errors import Overload, OverloadedError, UnavailableError
 from serve_app.group import Group, PlacedPrompt
 from serve_app.messages import (
     FRAME_WINDOW,
@@ -41,6 +41,16 @@ LOAD_EXPIRY_S = 2.0  # what a replica said of its load before that says nothing 
 
 class _RefusedError(Exception):
     """A replica has taken nothing of a group."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.is_full = refusal.is_full
+
+    def for_client(self) -> OverloadedError | UnavailableError:
+        """Where no other replica is better."""
+        if self.is_full:
+            return OverloadedError(str(self), reason=Overload.ENGINE_FULL)
+        return UnavailableError(str(self))
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ class EngineClient:
     def submit(self, placed: Sequence[PlacedPrompt]) -> list[asyncio.Future[Opening]]:
         """Hands prompts over, in one streaming call for each replica chosen; returns at once.
 
-        Returns one future for each prompt, of the opening of its group. It fails with UnavailableError.
+        Returns one future for each prompt, of the opening of its group. It fails with UnavailableError, or with
+        OverloadedError where the replicas are full.
         """
         by_replica: dict[str | None, list[tuple[int, PlacedPrompt]]] = {}
         extra: Counter[str] = Counter()
@@ -150,7 +161,7 @@ class EngineClient:
         try:
             await self._read(group)
             group.fail(UnavailableError("the engine replica ended the stream early"))
-        except UnavailableError as error:
+        except (OverloadedError, UnavailableError) as error:
             group.fail(error)
         except asyncio.CancelledError:
             group.fail(UnavailableError("the ingress replica is shutting down"))
@@ -181,7 +192,7 @@ class EngineClient:
                 self._shun(group.replica_id)
                 replica_id = self._choose_replica(Counter())
                 if replica_id is None or self._is_shunned(replica_id):
-                    raise UnavailableError(str(refusal)) from None
+                    raise refusal.for_client() from None
                 self._place(group, replica_id)
 
     def _shun(self, replica_id: str | None) -> None:
@@ -204,7 +215,7 @@ class EngineClient:
             case Opening():
                 self._on_opening(group, frame)
             case Refusal():
-                raise _RefusedError(frame.reason)
+                raise _RefusedError(frame)
 
     def _place(self, group: Group, replica_id: str | None) -> None:
         if replica_id != group.replica_id:

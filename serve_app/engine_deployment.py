@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from engine.async_engine import AsyncEngine
-from engine.errors import EngineDeadError, SlipstreamError
+from engine.errors import EngineDeadError, EngineFullError, SlipstreamError
 from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
@@ -35,11 +35,14 @@ class Engine:
     """A Serve deployment. Its calls carry messages of serve_app.messages; `replica_id` is for the router.
 
     `load` makes the engine, in the replica: constructing it may take as long as the weights take to read. Where
-    there is a draft deployment, it is told how to find its replicas.
+    there is a draft deployment, it is told how to find its replicas. `max_requests`: see engine.async_engine.
     """
 
     def __init__(
-        self, load: Callable[[Resolve | None], LLMEngine], draft: DeploymentHandle[object] | None = None
+        self,
+        load: Callable[[Resolve | None], LLMEngine],
+        draft: DeploymentHandle[object] | None = None,
+        max_requests: int | None = None,
     ) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
@@ -52,7 +55,7 @@ class Engine:
         except SlipstreamError as error:
             raise RuntimeError(f"slipstream: {error}") from None  # one line in Serve's status
         self._fingerprint = engine.fingerprint
-        self._engine = AsyncEngine(engine)
+        self._engine = AsyncEngine(engine, max_requests=max_requests)
         self._engine.start()
 
     async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
@@ -68,7 +71,7 @@ class Engine:
             try:
                 self._engine.submit(requests, partial(self._ready_outbox().post, group))
             except SlipstreamError as error:
-                yield encode(Refusal(str(error)))
+                yield encode(Refusal(str(error), is_full=isinstance(error, EngineFullError)))
                 return
             yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
             async for frame in group.frames():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ray.serve.handle import DeploymentResponseGenerator
 
 from engine.request import FinishReason
-from serve_app.errors import UnavailableError
+from serve_app.errors import OverloadedError, UnavailableError
 from serve_app.messages import Opening, SubmittedPrompt
 from serve_app.token_stream import RequestStream
 
@@ -39,7 +39,7 @@ class Group:
     def num_live_members(self) -> int:
         return sum(not stream.finished for stream in self.streams)
 
-    def fail(self, error: UnavailableError) -> None:
+    def fail(self, error: OverloadedError | UnavailableError) -> None:
         """Ends whatever has not ended."""
         if not self.opened.done():
             self.opened.set_exception(error)

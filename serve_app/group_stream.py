@@ -23,6 +23,7 @@ def requests_of(submission: Submission) -> list[Request]:
             choice_index=choice_index,
             priority=prompt.priority,
             arrival_s=now_s,
+            tenant=prompt.tenant,
         )
         for prompt in submission.prompts
         for request_id, choice_index in prompt.choices

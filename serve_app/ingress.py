@@ -14,7 +14,9 @@ from serve_app.admitter import BatchAdmitter
 from serve_app.engine_client import EngineClient
 from serve_app.http import build_http_app
 from serve_app.metrics import IngressMetrics
+from serve_app.queue_places import QueuePlaces
 from serve_app.readiness import ReadinessCheck
+from serve_app.time_limits import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,21 @@ class ServedModel:
     vocab_size: int
 
 
+@dataclass(frozen=True)
+class IngressLimits:
+    """What one ingress replica lets in, and for how long."""
+
+    max_queued_requests: int
+    max_queued_requests_per_key: int | None
+    time: TimeLimits
+
+
 @serve.ingress()
 class Ingress:
     """A Serve deployment. `load` reads the model's small files, in the replica."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, on the loop that will serve
-        self, engine: DeploymentHandle[object], load: Callable[[], ServedModel], max_queued_requests: int
+        self, engine: DeploymentHandle[object], load: Callable[[], ServedModel], limits: IngressLimits
     ) -> None:
         model = load()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
@@ -45,10 +56,11 @@ class Ingress:
             model_name=model.name,
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
-            max_queued_requests=max_queued_requests,
+            places=QueuePlaces(limits.max_queued_requests, limits.max_queued_requests_per_key),
         )
         self._defaults = model.defaults
         self._metrics = IngressMetrics()
+        self._time_limits = limits.time
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_http_app(
@@ -58,6 +70,7 @@ class Ingress:
             system_fingerprint=lambda: self._client.fingerprint,
             sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
             observer=self._metrics,
+            time_limits=self._time_limits,
         )
 
     async def __del__(self) -> None:

@@ -21,6 +21,7 @@ class SubmittedPrompt(msgspec.Struct, array_like=True):
     sampling: SamplingParams
     choices: list[tuple[str, int]]  # (request id, choice index)
     priority: int = 0
+    tenant: str = ""
 
 
 class Submission(msgspec.Struct, array_like=True):
@@ -43,6 +44,7 @@ class Refusal(msgspec.Struct, tag="refusal", array_like=True):
     """The only frame of a group that was not accepted. None of its members has started: any other replica may."""
 
     reason: str
+    is_full: bool = False  # it may accept another one soon
 
 
 class MemberOutput(msgspec.Struct, array_like=True):

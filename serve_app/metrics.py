@@ -14,6 +14,7 @@ from ray.serve import metrics
 
 from engine.request import FinishReason
 from engine.stats import EngineStats, RemoteStats, SpeculationStats
+from serve_app.errors import Overload, TimeLimit
 
 logger = logging.getLogger("ray.serve")
 
@@ -202,7 +203,20 @@ E2E_REQUEST_LATENCY = MetricSpec(
 REQUEST_SUCCESS = MetricSpec(
     MetricKind.COUNTER, "request_success", "Requests that have ended, by why.", tag_keys=("finish_reason",)
 )
-INGRESS_METRICS = (TIME_TO_FIRST_TOKEN, INTER_TOKEN_LATENCY, E2E_REQUEST_LATENCY, REQUEST_SUCCESS)
+REQUEST_REJECTED = MetricSpec(
+    MetricKind.COUNTER, "request_rejected", "Requests that were turned away, by why.", tag_keys=("reason",)
+)
+REQUEST_TIMED_OUT = MetricSpec(
+    MetricKind.COUNTER, "request_timed_out", "Requests whose time was over, by which.", tag_keys=("limit",)
+)
+INGRESS_METRICS = (
+    TIME_TO_FIRST_TOKEN,
+    INTER_TOKEN_LATENCY,
+    E2E_REQUEST_LATENCY,
+    REQUEST_SUCCESS,
+    REQUEST_REJECTED,
+    REQUEST_TIMED_OUT,
+)
 
 
 class IngressMetrics:
@@ -213,6 +227,8 @@ class IngressMetrics:
         self._inter_token = Metric(INTER_TOKEN_LATENCY)
         self._whole = Metric(E2E_REQUEST_LATENCY)
         self._success = Metric(REQUEST_SUCCESS)
+        self._rejected = Metric(REQUEST_REJECTED)
+        self._timed_out = Metric(REQUEST_TIMED_OUT)
 
     def on_first_token(self, seconds: float) -> None:
         self._first_token.record(seconds)
@@ -224,3 +240,9 @@ class IngressMetrics:
         self._success.record(1, {"finish_reason": reason.value})
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._whole.record(seconds)
+
+    def on_rejected(self, reason: Overload, num_choices: int) -> None:
+        self._rejected.record(num_choices, {"reason": reason.value})
+
+    def on_timed_out(self, limit: TimeLimit, num_choices: int) -> None:
+        self._timed_out.record(num_choices, {"limit": limit.value})

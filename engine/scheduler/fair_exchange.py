@@ -19,7 +19,7 @@ def fair_victim(running: Sequence[Ranked]) -> Ranked:
 def fair_exchange(
     running: Sequence[Ranked], heads: Iterable[Ranked], num_blocks_for: Callable[[int], int]
 ) -> tuple[Ranked, list[Ranked]]:
-    """For the tenant that holds the fewest blocks of those that wait: its next request, and who may be preempted for it.
+    """For the tenant that waits and holds the fewest blocks: its next request, and who may be preempted for it.
 
     Args:
         running: the requests that hold blocks, in rank order.

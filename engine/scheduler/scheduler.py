@@ -31,9 +31,9 @@ class Scheduler:
     costs a step anything.
 
     **Progress.** The first of the running requests is never preempted, because a victim stands behind the request in
-    need of its block, or is that request, or is another one than the first. It gets a row in every step or finishes, so it ends in a bounded number of
-    steps, and then the next is first. Two large requests therefore cannot preempt each other in turn. The first of
-    the waiting ones is admitted at the latest when nobody runs.
+    need of its block, or is that request, or among tenants is any other than the first. It gets a row in every step or
+    finishes, so it ends in a bounded number of steps, and then the next is first. Two large requests therefore cannot
+    preempt each other in turn. The first of the waiting ones is admitted at the latest when nobody runs.
 
     **Rows.** No more requests run than a step has rows, because one is admitted only into a step that has a row left
     after each running request has got one. So every decoding request has its row in every step, and the first prefill
@@ -308,8 +308,8 @@ class Scheduler:
         return budget - num_scheduled_tokens
 
     def _rows_for_next(self, prefills: Sequence[Request], budget: int) -> int:
-        """Half of the rows, where the running prefills are not of the tenant whose turn it is: a long prompt is cut into
-        smaller chunks, and the next tenant's first token does not wait for the last of them."""
+        """Half of the rows, where the running prefills are not of the tenant whose turn it is: the next tenant's first
+        token does not wait for the end of a long prompt."""
         if not prefills or not self._waiting:
             return 0
         tenant = self._waiting.next().request.tenant
@@ -393,7 +393,7 @@ class Scheduler:
         return None
 
     def _unschedule(self, step: ScheduledStep, request: Request) -> int:
-        """Take a request's chunk, if it has one, out of a step that is being made; returns its tokens without drafts."""
+        """Take a request's chunk, if it has one, out of a step that is being made; returns its tokens, not drafts."""
         for place, chunk in enumerate(step.chunks):
             if chunk.request is request:
                 step.num_draft_tokens -= len(chunk.draft_token_ids)

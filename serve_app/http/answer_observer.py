@@ -4,6 +4,7 @@ import time
 from typing import Protocol
 
 from engine.request import FinishReason
+from serve_app.errors import Overload, TimeLimit
 
 
 class AnswerObserver(Protocol):
@@ -18,6 +19,12 @@ class AnswerObserver(Protocol):
     def on_end(self, reason: FinishReason, seconds: float) -> None:
         """Once for each choice: also when the client has left, or the engine has failed."""
 
+    def on_rejected(self, reason: Overload, num_choices: int) -> None:
+        """A request of so many choices was turned away. Of these, nothing else is heard."""
+
+    def on_timed_out(self, limit: TimeLimit, num_choices: int) -> None:
+        """The time of so many choices of a request was over, before an engine took them or after."""
+
 
 class NoObserver:
     """Where nobody wants to know."""
@@ -27,6 +34,10 @@ class NoObserver:
     def on_later_tokens(self, seconds: float) -> None: ...
 
     def on_end(self, reason: FinishReason, seconds: float) -> None: ...
+
+    def on_rejected(self, reason: Overload, num_choices: int) -> None: ...
+
+    def on_timed_out(self, limit: TimeLimit, num_choices: int) -> None: ...
 
 
 class ChoiceTimer:

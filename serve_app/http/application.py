@@ -19,6 +19,7 @@ from serve_app.http.error_response import handle_client_gone, handle_error, hand
 from serve_app.http.middleware import RequestGuard
 from serve_app.http.schema import SamplingDefaults
 from serve_app.http.service import NoDefaults, Service
+from serve_app.time_limits import NO_LIMITS, TimeLimits
 
 
 def build_http_app(
@@ -29,13 +30,14 @@ def build_http_app(
     system_fingerprint: str | Callable[[], str | None] | None = None,
     sends_request_id: bool = True,
     observer: AnswerObserver | None = None,
+    time_limits: TimeLimits = NO_LIMITS,
 ) -> Starlette:
     """The application. What is given as a function is called for each request, so that a replica may build the
     application before it has a model.
 
     `defaults` are the model's own generation settings, for fields that clients leave out. Responses carry
     `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does. `observer`
-    hears how long answers take.
+    hears how long answers take, `time_limits` are of each request.
     """
     service = Service(
         get_admitter=_getter(admitter),
@@ -43,6 +45,7 @@ def build_http_app(
         get_fingerprint=system_fingerprint if callable(system_fingerprint) else lambda: system_fingerprint,
         version=version,
         observer=observer or NoObserver(),
+        time_limits=time_limits,
     )
     app = Starlette(
         routes=[

@@ -21,6 +21,7 @@ from serve_app.http.logprobs import chat_logprobs
 from serve_app.http.reply import Reply
 from serve_app.http.schema import FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
 from serve_app.http.service import Service, service_of
+from serve_app.http.tenant import tenant_of
 
 # Variables of every rendering, which have fields of their own, and a name that Python needs.
 _RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents", "self")
@@ -82,6 +83,8 @@ async def chat_completions(request: Request) -> Response:
         max_tokens=max_tokens,
         add_special_tokens=False,
         priority=chat.priority,
+        tenant=tenant_of(request, chat),
+        limits=service.time_limits,
         arrival_s=arrival_s,
     )
     detokenizer = partial(admitter.tokenizer.detokenizer, skip_special_tokens=chat.skip_special_tokens)

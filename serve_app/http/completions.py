@@ -19,6 +19,7 @@ from serve_app.http.logprobs import CompletionLogprobs
 from serve_app.http.reply import Reply
 from serve_app.http.schema import UNSUPPORTED_CODE, FieldError, GenerationFields, PositiveCount, TopLogprobs, parse
 from serve_app.http.service import service_of
+from serve_app.http.tenant import tenant_of
 
 Prompt = str | tuple[int, ...]
 
@@ -84,6 +85,8 @@ async def completions(request: Request) -> Response:
         max_tokens=max_tokens,
         add_special_tokens=completion.add_special_tokens,
         priority=completion.priority,
+        tenant=tenant_of(request, completion),
+        limits=service.time_limits,
     )
     # The text goes on from the prompt's: a space before its first word is part of it.
     detokenizer = partial(

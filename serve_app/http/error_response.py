@@ -11,7 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineDeadError, InvalidRequest, SlipstreamError
-from serve_app.errors import GenerationError, OverloadedError, UnavailableError
+from serve_app.errors import (
+    GenerationError,
+    Overload,
+    OverloadedError,
+    TimedOutError,
+    TimeLimit,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +66,13 @@ def answer_to(error: BaseException, request_id: str) -> ErrorAnswer:
             # sending, which then never reads why. Kept open, the server drops what still comes.
             return ErrorAnswer(error.status, str(error), error.param, error.code)
         case OverloadedError():
-            headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-            return ErrorAnswer(429, str(error), code="overloaded", headers=headers)
+            code = "rate_limit_exceeded" if error.reason is Overload.KEY_LIMIT else "overloaded"
+            return ErrorAnswer(429, str(error), code=code, headers=_retry_after(error.retry_after_s))
+        case TimedOutError(limit=TimeLimit.QUEUE):
+            return ErrorAnswer(429, str(error), code="queue_timeout", headers=_retry_after(error.retry_after_s))
+        case TimedOutError():
+            # OpenAI's clients repeat what has failed with 504 unless they are told not to: it would only fail again.
+            return ErrorAnswer(504, str(error), code="request_timeout", headers={"x-should-retry": "false"})
         case UnavailableError() | EngineDeadError():
             return ErrorAnswer(503, str(error), code="unavailable")
         case GenerationError():
@@ -70,6 +82,10 @@ def answer_to(error: BaseException, request_id: str) -> ErrorAnswer:
             return ErrorAnswer(error.status_code, error.detail, headers=dict(error.headers or {}))
     logger.error("request %s failed", request_id, exc_info=error)
     return ErrorAnswer(500, f"internal error; quote request id {request_id} when you report it", code="internal_error")
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 async def handle_error(request: Request, error: Exception) -> Response:

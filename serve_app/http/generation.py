@@ -11,8 +11,9 @@ from engine.request import FinishReason, RequestOutput, SamplingParams, TokenLog
 from engine.text import TextStream
 from engine.tokenizer import IncrementalDetokenizer
 from serve_app.admission import Admitted, Admitter, GenerateCall, TokenStream
-from serve_app.errors import GenerationError
+from serve_app.errors import GenerationError, OverloadedError, TimedOutError
 from serve_app.http.answer_observer import AnswerObserver, ChoiceTimer
+from serve_app.http.call_timer import CallTimer
 from serve_app.http.disconnect import until_disconnect
 
 
@@ -61,7 +62,14 @@ class Usage:
 class Generation:
     """One admitted call. Whoever holds it calls `abort` when it is done with it, whatever happened."""
 
-    def __init__(self, admitted: Admitted, call: GenerateCall, rules: TextRules, observer: AnswerObserver) -> None:
+    def __init__(
+        self,
+        admitted: Admitted,
+        call: GenerateCall,
+        rules: TextRules,
+        observer: AnswerObserver,
+        retry_after_s: Callable[[], float],
+    ) -> None:
         assert len(admitted.streams) == len(admitted.prompt_token_ids) * call.n
         self.prompt_token_ids = admitted.prompt_token_ids
         self.seed = admitted.seed
@@ -70,6 +78,11 @@ class Generation:
         self._choices = [_Choice(index, call.sampling, rules) for index in range(len(admitted.streams))]
         self._timers = [ChoiceTimer(observer, call.arrival_s) for _ in admitted.streams]
         self._running = set(range(len(admitted.streams)))
+        self._call = call
+        self._observer = observer
+        self._retry_after_s = retry_after_s
+        self._timed_out: TimedOutError | None = None
+        self._timer = CallTimer(call, self._on_timeout)
 
     @property
     def usage(self) -> Usage:
@@ -88,9 +101,12 @@ class Generation:
 
         Raises:
             GenerationError: a choice failed. Its siblings run until `abort`.
+            TimedOutError: the call's time is over.
         """
         async with aclosing(_merged(self._streams)) as outputs:
             async for index, output in outputs:
+                if self._timed_out is not None:
+                    raise self._timed_out
                 if index not in self._running:
                     continue  # what came after a stop string
                 if output is None:
@@ -102,9 +118,18 @@ class Generation:
 
     def abort(self) -> None:
         """Free every choice that has not ended. Returns at once, and may be called again."""
+        self._timer.stop()
         while self._running:
             index = self._running.pop()
             self._timers[index].on_end(FinishReason.ABORT)
+            self._streams[index].abort()
+
+    def _on_timeout(self, has_begun: bool) -> None:
+        """Free the call's choices, whether or not anybody is reading. Whoever reads gets the error."""
+        self._timed_out = self._call.limits.error(has_begun, self._retry_after_s())
+        self._observer.on_timed_out(self._timed_out.limit, len(self._running))
+        for index in self._running:
+            self._timers[index].on_end(FinishReason.ERROR)
             self._streams[index].abort()
 
     def _delta(self, index: int, output: RequestOutput) -> ChoiceDelta:
@@ -114,11 +139,14 @@ class Generation:
         delta = self._choices[index].delta(output)
         if delta.token_ids:
             self._timers[index].on_tokens()
+            self._timer.begin()
         if delta.finish_reason is not None:
             self._timers[index].on_end(delta.finish_reason)
             self._running.discard(index)
             if output.finish_reason is None:  # a stop string matched, of which the engine knows nothing
                 self._streams[index].abort()
+            if not self._running:
+                self._timer.stop()
         return delta
 
 
@@ -168,18 +196,24 @@ async def start(
     """Admit `call`. When the client leaves meanwhile, whatever is admitted after that is aborted.
 
     Raises:
-        InvalidRequest, OverloadedError, UnavailableError: as `Admitter.admit`.
+        InvalidRequest, OverloadedError, UnavailableError, TimedOutError: as `Admitter.admit`.
         starlette.requests.ClientDisconnect: the client left.
     """
     # An admission is shared with other requests: it is left alone, and what comes of it is given back.
     admission = asyncio.ensure_future(admitter.admit(call))
     try:
         admitted = await until_disconnect(receive, asyncio.shield(admission))
+    except OverloadedError as error:
+        observer.on_rejected(error.reason, call.num_choices)
+        raise
+    except TimedOutError as error:
+        observer.on_timed_out(error.limit, call.num_choices)
+        raise
     except BaseException:
         _orphans.add(admission)
         admission.add_done_callback(_abort_orphan)
         raise
-    return Generation(admitted, call, rules, observer)
+    return Generation(admitted, call, rules, observer, admitter.retry_after_s)
 
 
 _orphans: set[asyncio.Future[Admitted]] = set()  # the event loop itself keeps no strong reference

@@ -174,7 +174,8 @@ class GenerationFields(Wire):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
-    # Labels for the client's own bookkeeping: they cannot change an answer, so accepting them ignores nothing.
+    # Labels for the client's own bookkeeping: they cannot change an answer, so accepting them ignores nothing. The
+    # first two say whose share of the service a request takes, where no API key does.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

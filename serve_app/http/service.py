@@ -12,6 +12,7 @@ from serve_app.admission import Admitter
 from serve_app.http.answer_observer import AnswerObserver
 from serve_app.http.error_response import RefusedError, clipped
 from serve_app.http.schema import SamplingDefaults
+from serve_app.time_limits import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Service:
     get_fingerprint: Callable[[], str | None]
     version: str
     observer: AnswerObserver
+    time_limits: TimeLimits  # of each request
     # For rendering chat templates, one at a time (serve_app.http.chat).
     template_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chat-template"))
     started_s: int = field(default_factory=lambda: int(time.time()))  # Unix time

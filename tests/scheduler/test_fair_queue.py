@@ -66,7 +66,7 @@ def test_tenants_that_wait_get_the_same_up_to_a_quantum_and_a_request(quantum: i
 
 
 @SETTINGS
-@given(quantum=quanta, rivals=st.integers(1, 4), load=st.lists(sizes, min_size=1, max_size=200), cut=st.integers(0, 100))
+@given(quanta, st.integers(1, 4), st.lists(sizes, min_size=1, max_size=200), st.integers(0, 100))
 def test_a_newcomer_waits_for_one_turn_of_each_of_the_others(
     quantum: int, rivals: int, load: list[int], cut: int
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_tenant_pays_for_what_it_got_while_it_did_not_wait() -> None:
         bench.queue.charge("B", 10)
     assert [bench.serve(), bench.serve()] == ["A", "A"]
     bench.arrive("B", 10)
-    assert [bench.serve() for _ in range(4)] == ["A", "A", "A", "B"]  # A's turn came first in the round after the fourth
+    assert [bench.serve() for _ in range(4)] == ["A", "A", "A", "B"]  # A's turn comes first in a round
 
 
 def test_credit_is_not_saved_up() -> None:

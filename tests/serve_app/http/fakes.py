@@ -92,12 +92,18 @@ class ScriptedStream:
         self.num_aborts = 0
         self.num_read = 0
         self.ended = False
+        self._aborted = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         for item in self._script:
             if isinstance(item, float):
-                await asyncio.sleep(item)
-                continue
+                try:
+                    async with asyncio.timeout(item):
+                        await self._aborted.wait()
+                except TimeoutError:
+                    continue
+                yield RequestOutput("r", finish_reason=FinishReason.ABORT)
+                return
             if isinstance(item, BaseException):
                 raise item
             await asyncio.sleep(0)
@@ -107,6 +113,7 @@ class ScriptedStream:
 
     def abort(self) -> None:
         self.num_aborts += 1
+        self._aborted.set()
 
     @property
     def freed(self) -> bool:
@@ -137,6 +144,9 @@ class FakeAdmitter:
         scripts = (self.scripts + self.scripts[-1:] * count)[:count]
         self.streams += (streams := [ScriptedStream(script) for script in scripts])
         return Admitted(prompts, list(streams), 77 if call.sampling.seed is None else call.sampling.seed)
+
+    def retry_after_s(self) -> float:
+        return 6.5
 
     async def readiness(self) -> Any:
         return SimpleNamespace(ready=self.state == "ready", state=self.state)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from engine.request import FinishReason, RequestOutput
+from serve_app.errors import Overload, TimeLimit
 from tests.serve_app.http.fakes import FakeAdmitter, app_over, fetch, leave, says
 
 PATH = "/v1/completions"
@@ -18,6 +19,8 @@ class Recorder:
         self.first_s: list[float] = []
         self.later_s: list[float] = []
         self.ends: list[tuple[FinishReason, float]] = []
+        self.rejected: list[tuple[Overload, int]] = []
+        self.timed_out: list[tuple[TimeLimit, int]] = []
 
     def on_first_token(self, seconds: float) -> None:
         self.first_s.append(seconds)
@@ -27,6 +30,12 @@ class Recorder:
 
     def on_end(self, reason: FinishReason, seconds: float) -> None:
         self.ends.append((reason, seconds))
+
+    def on_rejected(self, reason: Overload, num_choices: int) -> None:
+        self.rejected.append((reason, num_choices))
+
+    def on_timed_out(self, limit: TimeLimit, num_choices: int) -> None:
+        self.timed_out.append((limit, num_choices))
 
     @property
     def reasons(self) -> Counter[str]:
