@@ -11,7 +11,7 @@ import pytest
 
 from engine.async_engine import AsyncEngine
 from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, EngineFullError
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from tests.tiny_models import write_tiny_model
@@ -90,6 +90,26 @@ def test_a_refused_request_leaves_its_siblings(engine: AsyncEngine) -> None:
     assert collector.reason("bad") is FinishReason.ERROR
     assert "token ids" in str(collector.outputs["bad"][-1].error)
     assert collector.reason("good") is FinishReason.LENGTH
+
+
+def test_a_full_engine_takes_no_more_until_others_have_ended(tmp_path: Path) -> None:
+    config = EngineConfig(cache=CacheConfig(num_blocks=400), num_threads=1)
+    engine = AsyncEngine(LLMEngine.from_path(write_tiny_model(tmp_path), config), max_requests=2)
+    engine.start()
+    collector = Collector("a", "b", "c")
+    engine.submit([make_request("a", 1900)], collector)  # counts whether or not the thread has seen it
+    engine.submit([make_request("b", 1900), make_request("c", 1900)], collector)  # taken whole
+    with pytest.raises(EngineFullError, match="has 3 requests already"):
+        engine.submit([make_request("d")], Collector("d"))
+    collector.next()
+    with pytest.raises(EngineFullError):
+        engine.submit([make_request("d")], Collector("d"))
+    engine.abort("ab")
+    eventually(lambda: engine.stats().num_requests_running == 1)
+    last = Collector("d")
+    engine.submit([make_request("d")], last)
+    assert last.wait().reason("d") is FinishReason.LENGTH
+    engine.shutdown()
 
 
 def test_abort_ends_one_and_frees_its_blocks(engine: AsyncEngine) -> None:

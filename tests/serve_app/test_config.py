@@ -20,6 +20,7 @@ from engine.config import (
 )
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
+from serve_app.time_limits import TimeLimits
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -80,11 +81,17 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     engine = {"device", "dtype", "max_model_len", "max_num_seqs", "token_budget", "max_prefill_chunk", "block_size"}
     engine |= {"kv_cache_memory_gb", "num_kv_blocks", "enable_prefix_caching", "num_threads"}
     engine |= {"quantization", "kv_cache_dtype"}
-    service = {"model", "served_model_name", "max_queued_requests"}
+    service = {"model", "served_model_name", "max_queued_requests", "max_queued_requests_per_key"}
+    service |= {"max_waiting_requests", "queue_timeout_s", "request_timeout_s"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
     placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
     assert set(AppConfig.model_fields) == engine | service | placement | speculation
+
+
+def test_time_limits() -> None:
+    assert parse_config({}).time_limits == TimeLimits(120.0, None)
+    assert parse_config({"queue_timeout_s": "none", "request_timeout_s": "2.5"}).time_limits == TimeLimits(None, 2.5)
 
 
 def test_none_as_text() -> None:
@@ -118,6 +125,8 @@ def test_unknown_name_lists_what_is_accepted() -> None:
         ("num_kv_blocks", "1", "none or a whole number of at least 2"),
         ("enable_prefix_caching", "maybe", "true or false"),
         ("engine_num_cpus", "nan", "a number above 0"),
+        ("queue_timeout_s", "0", "none or a number of seconds above 0"),
+        ("max_queued_requests_per_key", "0", "none or a whole number of at least 1"),
         ("model", "", "a catalogue name"),
         ("model", 5, "a catalogue name"),
         ("speculative", "eagle", "one of off, ngram, local, remote"),

@@ -13,6 +13,7 @@ from engine.request import FinishReason, SamplingParams
 from engine.stats import EngineStats, RemoteStats, SpeculationStats
 from serve_app import engine_deployment, metrics
 from serve_app.engine_deployment import Engine
+from serve_app.errors import Overload, TimeLimit
 from serve_app.messages import Heartbeat, Opening, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.metrics import EngineMetrics, IngressMetrics, seconds_buckets
 from tests.serve_app.fake_engine import IS_SILENT, FakeEngine
@@ -161,6 +162,8 @@ def test_ingress_metrics(ray: FakeRay) -> None:
     observer.on_later_tokens(0.01)
     for reason in FinishReason:
         observer.on_end(reason, 2.0)
+    observer.on_rejected(Overload.KEY_LIMIT, 3)
+    observer.on_timed_out(TimeLimit.QUEUE, 2)
     assert ray.values == {
         "time_to_first_token_seconds": [0.5],
         "inter_token_latency_seconds": [0.01],
@@ -169,6 +172,8 @@ def test_ingress_metrics(ray: FakeRay) -> None:
         "request_success length": [1],
         "request_success abort": [1],
         "request_success error": [1],
+        "request_rejected key_limit": [3],
+        "request_timed_out queue": [2],
     }
     ray.failing = {"time_to_first_token_seconds"}
     observer.on_first_token(0.5)  # an answer does not fail for it

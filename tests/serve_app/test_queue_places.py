@@ -136,18 +136,21 @@ def test_there_are_never_more_than_may_be_and_shares_are_honest(
     for tenant, change, passed_s in actions:
         now_s += passed_s
         if change > 0:
+            refusal = None
             try:
                 places.take(tenant, change, now_s)
-            except InvalidRequest:
+            except (InvalidRequest, OverloadedError) as error:
+                refusal = error
+            is_full = held.total() + change > max_places
+            if refusal is None:
+                held[tenant] += change
+            elif isinstance(refusal, InvalidRequest):
                 assert change > max_places
-            except OverloadedError as error:
-                assert 0.0 < error.retry_after_s <= 60.0
-                is_full = held.total() + change > max_places
-                assert (error.reason is Overload.QUEUE_FULL) == is_full
+            else:
+                assert 0.0 < refusal.retry_after_s <= 60.0
+                assert (refusal.reason is Overload.QUEUE_FULL) == is_full
                 # With four tenants at most, who has less than a quarter is never told that it has too much.
                 assert is_full or held[tenant] + change > max_places // 4
-            else:
-                held[tenant] += change
         elif held[tenant]:
             places.give_back(tenant, count := min(-change, held[tenant]), now_s)
             held[tenant] -= count
