@@ -111,16 +111,17 @@ class SchedulerConfig:
     max_model_len: int = 2048  # prompt and output tokens of one request
     max_draft_tokens: int = 0  # rows of one step for tokens that are proposed and not chosen yet
     priority_aging_s: float = 60.0  # one level of priority counts as much as having arrived this much earlier
-    fair_quantum_tokens: int = 512  # what each of several tenants is served before the next one's turn
+    fair_quantum_tokens: int | None = None  # served of one tenant before the next one's turn; None: half the budget
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "token_budget", "max_model_len", "fair_quantum_tokens"):
+        for name in ("max_num_seqs", "token_budget", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_draft_tokens < 0:
             raise ConfigError(f"max_draft_tokens must be 0 or more, not {self.max_draft_tokens}")
-        if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
-            raise ConfigError(f"max_prefill_chunk must be at least 1, not {self.max_prefill_chunk}")
+        for name in ("max_prefill_chunk", "fair_quantum_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.priority_aging_s < math.inf:
             raise ConfigError(f"priority_aging_s must be 0 or more and finite, not {self.priority_aging_s}")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from engine.scheduler.ranking import Ranked
 
 # How much more than the other the one that gives still holds afterwards. With 1, tenants of equal and ceaseless loads
-# displaced one request in two; with 2, one in thirty, since then the turns alone decide between them.
+# displaced nearly one request in two; with 2, hardly any, since the turns alone then decide between them.
 _LEAST_RATIO = 2
 
 

@@ -19,17 +19,11 @@ def virtual_arrival_s(arrival_s: float, priority: int, priority_aging_s: float) 
 
 
 class Ranked(NamedTuple):
-    """A request and its place. Tuples compare by virtual arrival, then by order of submission, then by whether and when
-    the request took another's place, which together are unique."""
+    """A request and its place. Tuples compare by virtual arrival, then by order of submission, which is unique."""
 
     virtual_arrival_s: float
     sequence: int
-    overtaking: int  # 0: the place is its own; below 0: it is ahead of the one whose place it is, the lowest first
     request: Request
-
-    def ahead_of(self, other: "Ranked", overtaking: int) -> "Ranked":
-        """This request in the place of another that it is served before. overtaking: below 0 and growing."""
-        return Ranked(other.virtual_arrival_s, other.sequence, overtaking, self.request)
 
 
 class RankedRequests:

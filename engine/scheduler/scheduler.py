@@ -11,24 +11,20 @@ from engine.scheduler.fair_exchange import fair_exchange, fair_victim
 from engine.scheduler.ranking import Ranked, RankedRequests, virtual_arrival_s
 from engine.scheduler.waiting_requests import WaitingRequests
 
-_FIRST_OVERTAKING = -(2**62)  # they are counted from here, and never reach 0
-
 
 class Scheduler:
     """Decides which tokens the next step computes. Used by one thread: schedule, run, commit, append, finish, repeat.
 
-    **Order.** All requests stand in one strict order (`ranking`): priority, aged by waiting, then first come. With one
-    tenant it never changes: admission goes down this order without overtaking, and the victim of preemption is always
-    the last of it. A preempted request so returns ahead of all that came after it. Admission also waits for a running
-    prefill that is about to complete a block of the next request's prefix, which is then found instead of computed
-    again.
+    **Order.** All requests stand in one strict order that never changes (`ranking`): priority, aged by waiting, then
+    first come. Admission goes down this order without overtaking, and the victim of preemption is always the last of
+    it. A preempted request so returns ahead of all that came after it. Admission also waits for a running prefill that
+    is about to complete a block of the next request's prefix, which is then found instead of computed again.
 
-    **Fairness.** Requests of one priority and several tenants are admitted by the tenants' turns (`fair_queue`), and
-    the rows that they get in a step are what the tenants are charged. Who is admitted ahead of others takes its place
-    in the order there. Where the next one finds no room, the tenant that holds least may take room from the one that
-    holds most (`fair_exchange`), and running prefills leave rows to another tenant whose turn it is. So a tenant that
-    comes late waits neither for the queue nor for the answers of one that came first. With one tenant, nothing of this
-    costs a step anything.
+    **Fairness.** Between several tenants, the order holds for each. Their requests of one priority are admitted by
+    turns (`fair_queue`), for which the rows that they get are counted; running prefills share the rows of a step; the
+    victim is the last of the tenant that holds most; and where the next one finds no room, the tenant that holds least
+    may take some from that one (`fair_exchange`). So a tenant that comes late waits neither for the queue of another
+    nor for its answers. With one tenant, nothing of this costs a step anything.
 
     **Progress.** The first of the running requests is never preempted, because a victim stands behind the request in
     need of its block, or is that request, or among tenants is any other than the first. It gets a row in every step or
@@ -53,10 +49,9 @@ class Scheduler:
         self._cache = cache
         self._max_chunk = min(config.max_prefill_chunk or config.token_budget, config.token_budget)
         self._entries: dict[str, Ranked] = {}
-        self._waiting = WaitingRequests(config.fair_quantum_tokens)
+        self._waiting = WaitingRequests(config.fair_quantum_tokens or max(1, config.token_budget // 2))
         self._running = RankedRequests()
         self._num_added = 0
-        self._overtaking = _FIRST_OVERTAKING
         self.num_preemptions = 0  # since the start
         self.is_displacement_due = False  # the last `schedule` might not displace anybody, and would have
 
@@ -102,7 +97,7 @@ class Scheduler:
                     "prompt",
                 )
         arrival_s = virtual_arrival_s(request.arrival_s, request.priority, self._config.priority_aging_s)
-        entry = Ranked(arrival_s, self._num_added, 0, request)
+        entry = Ranked(arrival_s, self._num_added, request)
         self._num_added += 1
         self._entries[request.request_id] = entry
         self._waiting.enter(entry)
@@ -125,17 +120,17 @@ class Scheduler:
                 budget -= step.num_draft_tokens
             for entry in self._running:
                 entry.request.draft_token_ids = ()  # they were for this step alone
-        num_kept_rows = self._rows_for_next(prefills, budget) if self._waiting.are_shared else 0
-        budget -= num_kept_rows
-        for request in prefills:
-            budget = self._schedule_prefill(step, request, budget)
-        if self._waiting.are_shared:
+        if not self._waiting.are_shared:
+            for request in prefills:
+                budget = self._schedule_prefill(step, request, budget)
+            self._admit(step, budget, may_displace)
+        else:
+            if prefills:
+                budget = self._share_rows(step, prefills, budget)
             for chunk in step.chunks:
                 self._waiting.charge(chunk.request, chunk.num_known_tokens)
-        budget += num_kept_rows
-        budget = self._admit(step, budget, may_displace)
-        if num_kept_rows and budget > 0:
-            self._lengthen_prefills(step, budget)
+            budget = self._admit(step, budget, may_displace)
+            self._share_rest(step, prefills, budget)
         assert step.chunks or step.exhausted or not self.has_work, "work is pending and nothing is scheduled"
         return step
 
@@ -307,23 +302,47 @@ class Scheduler:
             step.chunks.append(ScheduledChunk(request, start, num_scheduled_tokens))
         return budget - num_scheduled_tokens
 
-    def _rows_for_next(self, prefills: Sequence[Request], budget: int) -> int:
-        """Half of the rows, where the running prefills are not of the tenant whose turn it is: the next tenant's first
-        token does not wait for the end of a long prompt."""
-        if not prefills or not self._waiting:
-            return 0
-        tenant = self._waiting.next().request.tenant
-        return 0 if any(request.tenant == tenant for request in prefills) else budget // 2
+    def _share_rows(self, step: ScheduledStep, prefills: Sequence[Request], budget: int) -> int:
+        """Schedule running prefills; returns what is left of the budget.
 
-    def _lengthen_prefills(self, step: ScheduledStep, budget: int) -> None:
-        """Give the rows that were kept for another tenant, and that it did not take, back to the prefills."""
-        for place, chunk in enumerate(step.chunks):
-            request, num_tokens = chunk.request, chunk.num_scheduled_tokens
+        Of those with the priority of the first, each tenant's have an equal part of the rows, and one more part is kept
+        for another tenant that waits. So nobody's first token waits for the end of another's long prompt.
+        """
+        priority = prefills[0].priority
+        tenants = {request.tenant for request in prefills if request.priority == priority}
+        others_wait = (
+            bool(self._waiting)
+            and self._waiting.next().request.priority == priority
+            and any(head.request.tenant not in tenants for head in self._waiting.heads())
+        )
+        part = max(1, budget // (len(tenants) + others_wait))
+        num_left = dict.fromkeys(tenants, part)
+        for request in prefills:
+            is_peer = request.priority == priority
+            num_rows = min(num_left[request.tenant], budget) if is_peer else max(0, budget - part * others_wait)
+            num_used = num_rows - self._schedule_prefill(step, request, num_rows)
+            if is_peer:
+                num_left[request.tenant] -= num_used
+            budget -= num_used
+        return budget
+
+    def _share_rest(self, step: ScheduledStep, prefills: Sequence[Request], budget: int) -> None:
+        """Give the rows that some tenants did not need to the prefills of others."""
+        places = {chunk.request: place for place, chunk in enumerate(step.chunks)}
+        for request in prefills:
+            if budget <= 0 or request.status is not RequestStatus.RUNNING:
+                continue
+            if (place := places.get(request)) is None:
+                num_left = self._schedule_prefill(step, request, budget)
+                self._waiting.charge(request, budget - num_left)
+                budget = num_left
+                continue
+            chunk = step.chunks[place]
+            num_tokens = chunk.num_scheduled_tokens
             more = min(request.num_tokens - chunk.stop, self._max_chunk - num_tokens, budget)
-            if more > 0:
-                step.chunks[place] = ScheduledChunk(request, chunk.start, num_tokens + more)
-                self._waiting.charge(request, more)
-                budget -= more
+            step.chunks[place] = ScheduledChunk(request, chunk.start, num_tokens + more)
+            self._waiting.charge(request, more)
+            budget -= more
 
     def _admit(self, step: ScheduledStep, budget: int, may_displace: bool) -> int:
         """Start waiting requests in order while there are rows, seats and blocks; returns what is left of the budget.
@@ -363,12 +382,7 @@ class Scheduler:
             request.num_cached_tokens = num_cached_tokens
         request.num_computed_tokens = num_cached_tokens
         request.status = RequestStatus.RUNNING
-        first = self._waiting.first
         self._waiting.remove(entry)
-        if entry is not first:  # another tenant's, of the same priority
-            entry = entry.ahead_of(first, self._overtaking)
-            self._overtaking += 1
-            self._entries[request.request_id] = entry
         self._running.add(entry)
         return True
 
@@ -377,9 +391,9 @@ class Scheduler:
 
         Returns it. Who was displaced waits, and finds again what of its blocks is not used meanwhile.
         """
-        priority = self._waiting.first.request.priority
+        priority = self._waiting.next().request.priority
         peers = [entry for entry in self._running if entry.request.priority == priority]
-        entry, victims = fair_exchange(peers, self._waiting.heads(priority), self._cache.num_blocks_for)
+        entry, victims = fair_exchange(peers, self._waiting.heads(), self._cache.num_blocks_for)
         if not victims or self._cache.is_prefix_under_way(entry.request):
             return None
         if not may_displace:

@@ -28,11 +28,6 @@ class WaitingRequests:
         return iter(self._all)
 
     @property
-    def first(self) -> Ranked:
-        """The first in rank."""
-        return self._all[0]
-
-    @property
     def are_shared(self) -> bool:
         """Whether several tenants have requests of one priority, waiting or running."""
         return self._num_shared > 0
@@ -43,9 +38,9 @@ class WaitingRequests:
         queue = self._queues[first.request.priority]
         return queue.next() if queue.is_shared else first
 
-    def heads(self, priority: int) -> Iterator[Ranked]:
-        """The first of each tenant that waits, of those with this priority."""
-        return self._queues[priority].heads()
+    def heads(self) -> Iterator[Ranked]:
+        """The first of each tenant that waits, of those with the priority of the next one."""
+        return self._queues[self._all[0].request.priority].heads()
 
     def enter(self, entry: Ranked) -> None:
         """A new request waits."""

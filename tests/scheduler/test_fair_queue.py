@@ -26,7 +26,7 @@ class Bench:
 
     def arrive(self, tenant: str, num_tokens: int) -> Ranked:
         request = Request(f"r{self.num_added}", [0] * num_tokens, SamplingParams(seed=0), tenant=tenant)
-        entry = Ranked(0.0, self.num_added, 0, request)
+        entry = Ranked(0.0, self.num_added, request)
         self.num_added += 1
         self.num_waiting[tenant] += 1
         self.queue.open(tenant)

@@ -185,6 +185,26 @@ class TestLongPrompts:
         assert eng.step().num_scheduled_tokens == 32
         eng.drain()
 
+    def test_a_prompt_that_came_late_has_its_rows_in_every_step(self) -> None:
+        eng = engine(4000, token_budget=32, max_prefill_chunk=8, max_num_seqs=8)
+        for _ in range(40):
+            eng.add([0] * 64, 1, tenant="A")
+        eng.step()
+        late = eng.add([1] * 80, 1, tenant="B")
+        while not late.output_token_ids:
+            eng.step()
+        assert eng.num_steps == 1 + 80 / 8
+        eng.drain()
+
+    def test_not_to_a_less_urgent_one(self) -> None:
+        eng = engine(token_budget=32, max_prefill_chunk=24)
+        urgent = eng.add([0] * 200, 1, priority=-1, tenant="A")
+        patient = eng.add([1] * 200, 1, tenant="B")
+        for _ in range(3):
+            sizes = {chunk.request: chunk.num_scheduled_tokens for chunk in eng.step().chunks}
+            assert sizes == {urgent: 24, patient: 8}
+        eng.drain()
+
     def test_not_to_another_request_of_its_own(self) -> None:
         eng = engine(token_budget=32)
         long = eng.add([0] * 200, 1, tenant="A")
@@ -220,7 +240,7 @@ def test_an_aborted_prompt_costs_what_was_computed_of_it() -> None:
 
 def entry(name: str, tenant: str, sequence: int, num_tokens: int, num_blocks: int = 0) -> Ranked:
     request = Request(name, [0] * num_tokens, SamplingParams(seed=0), tenant=tenant, block_table=[1] * num_blocks)
-    return Ranked(0.0, sequence, 0, request)
+    return Ranked(0.0, sequence, request)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from engine.scheduler.ranking import Ranked, RankedRequests, virtual_arrival_s
 
 
 def entry(arrival_s: float, sequence: int) -> Ranked:
-    return Ranked(arrival_s, sequence, 0, Request(f"r{sequence}", [1], SamplingParams(seed=0)))
+    return Ranked(arrival_s, sequence, Request(f"r{sequence}", [1], SamplingParams(seed=0)))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
