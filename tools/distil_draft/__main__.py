@@ -26,7 +26,7 @@ from slipstream_cli.model import MODEL_HELP, open_model, progress_bars
 from tools.distil_draft.card import COLUMNS, model_card, table_row
 from tools.distil_draft.draft_directory import copy_draft
 from tools.distil_draft.evaluate import NUM_DRAFT_TOKENS, evaluate
-from tools.distil_draft.generate import generate
+from tools.distil_draft.generate import cache_for, generate
 from tools.distil_draft.initial import Initial
 from tools.distil_draft.llama import DraftShape
 from tools.distil_draft.prompts import Split, digest, draw_prompts
@@ -75,7 +75,8 @@ def generate_samples(
     settings = {"target": checkpoint.fingerprint, "seed": seed, "prompts": digest(drawn), "max_tokens": max_tokens}
     store = SampleStore(work / SAMPLES, settings)
     limits = SchedulerConfig(max_num_seqs=width, max_model_len=MAX_PROMPT_TOKENS + max_tokens)
-    engine = LLMEngine.from_checkpoint(checkpoint, EngineConfig(device=device, scheduler=limits))
+    cache = cache_for(width, limits.max_model_len)
+    engine = LLMEngine.from_checkpoint(checkpoint, EngineConfig(device=device, cache=cache, scheduler=limits))
     ended = tokens = 0
     started_s = perf_counter()
     say = _sometimes()
