@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from engine.config import (
     MAX_DRAFT_TOKENS,
@@ -23,7 +23,7 @@ from engine.config import (
     SpeculativeMethod,
 )
 from engine.errors import ConfigError
-from engine.loader.catalogue import DEFAULT_MODEL
+from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.quantize.formats import resolve_quantization
 
 _BYTES_PER_GB = 10**9
@@ -65,6 +65,7 @@ _NoneFromText = BeforeValidator(_none_from_text)
 _Count = Annotated[_AtLeast1, Field(description=_COUNT)]
 _OptionalCount = Annotated[_AtLeast1 | None, _NoneFromText, Field(description=f"none or {_COUNT}")]
 _MOST = MAX_DRAFT_TOKENS
+_WITH_DRAFT_MODEL = ("local", "remote")
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
 
@@ -108,7 +109,7 @@ class AppConfig(BaseModel):
         "off", description="one of off, ngram, local, remote"
     )
     draft_model: Annotated[_Text | None, _NoneFromText] = Field(
-        None, description="none, or like model: a catalogue name, a path or a hub id"
+        None, validate_default=True, description="none, or like model: a catalogue name, a path or a hub id"
     )
     num_draft_tokens: Literal["adaptive"] | Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_MOST)] = Field(
         "adaptive", description=f"adaptive or a whole number from 1 to {_MOST}"
@@ -119,6 +120,15 @@ class AppConfig(BaseModel):
         None, description="none, a number below 0.5 (a share of the engine's GPU) or 1 (a GPU of its own)"
     )
 
+    @field_validator("draft_model")
+    @classmethod
+    def _catalogue_draft(cls, draft_model: str | None, info: ValidationInfo) -> str | None:
+        """Left out where one is needed, it is the catalogue's for the model."""
+        if draft_model is not None or info.data.get("speculative") not in _WITH_DRAFT_MODEL:
+            return draft_model
+        entry = CATALOGUE.get(info.data.get("model", ""))
+        return None if entry is None else entry.draft_model
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.kv_cache_memory_gb is not None and self.num_kv_blocks is not None:
@@ -128,9 +138,13 @@ class AppConfig(BaseModel):
         return self
 
     def _check_speculation(self) -> None:
-        has_model = self.speculative in ("local", "remote")
+        has_model = self.speculative in _WITH_DRAFT_MODEL
         if has_model and self.draft_model is None:
-            raise ConfigError(f"speculative={self.speculative} needs a draft_model")
+            served = ", ".join(entry.name for entry in CATALOGUE.values() if entry.draft_model)
+            raise ConfigError(
+                f"speculative={self.speculative} needs a draft_model for {self.model}; "
+                f"the catalogue has one for {served}"
+            )
         if not has_model and self.draft_model is not None:
             raise ConfigError(
                 f"draft_model={self.draft_model} does nothing with speculative={self.speculative}: "

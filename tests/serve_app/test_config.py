@@ -175,6 +175,15 @@ def test_speculation_reaches_the_engine() -> None:
     assert remote.engine_config(MODEL).speculative == SpeculativeConfig(SpeculativeMethod.REMOTE)
 
 
+def test_the_catalogues_draft_is_used_where_none_is_named() -> None:
+    for method in ("local", "remote"):
+        assert parse_config({"speculative": method}).draft_model == "smollm2-135m-draft"
+        assert parse_config({"speculative": method, "draft_model": "none"}).draft_model == "smollm2-135m-draft"
+        assert parse_config({"speculative": method, "draft_model": "d"}).draft_model == "d"
+    for method in ("off", "ngram"):
+        assert parse_config({"speculative": method}).draft_model is None
+
+
 def test_a_remote_draft_has_a_record_of_its_own() -> None:
     arguments = {"speculative": "remote", "draft_model": "d", "max_num_seqs": "7", "token_budget": "70"}
     draft = replace(MODEL, max_position_embeddings=400)
@@ -211,8 +220,11 @@ def test_engine_and_draft_share_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"speculative": "remote"}, "speculative=remote needs a draft_model"),
-        ({"speculative": "local", "draft_model": "none"}, "speculative=local needs a draft_model"),
+        (
+            {"speculative": "remote", "model": "qwen3-0.6b"},
+            "speculative=remote needs a draft_model for qwen3-0.6b; the catalogue has one for smollm2-135m$",
+        ),
+        ({"speculative": "local", "model": "m", "draft_model": "none"}, "speculative=local needs a draft_model for m;"),
         ({"draft_model": "d"}, "draft_model=d does nothing with speculative=off: set speculative to local or remote"),
         ({"draft_model": "d", "speculative": "ngram"}, "draft_model=d does nothing with speculative=ngram"),
         ({"num_draft_tokens": "3"}, "num_draft_tokens does nothing with speculative=off"),
