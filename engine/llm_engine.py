@@ -106,8 +106,13 @@ class LLMEngine:
         blocks = BlockManager(pool)
         speculation = None
         if proposer is not None:
-            num_draft_tokens = config.speculative.num_draft_tokens
-            speculation = Speculation(proposer, num_draft_tokens, scheduling.max_draft_tokens, forward.padded_sizes)
+            speculation = Speculation(
+                proposer,
+                config.speculative.num_draft_tokens,
+                scheduling.max_draft_tokens,
+                forward.padded_sizes,
+                always=config.speculative.always,
+            )
         return cls(
             ModelRunner(forward, sampler),
             Scheduler(scheduling, blocks),

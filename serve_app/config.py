@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from engine.config import (
+    DEFAULT_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
     CacheConfig,
     Device,
@@ -218,7 +219,7 @@ class AppConfig(BaseModel):
             raise ConfigError("draft_num_gpus is for device=cuda: there is no GPU to be shared")
         speculative = SpeculativeConfig(
             method=SpeculativeMethod(self.speculative),
-            num_draft_tokens=None if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
+            num_draft_tokens=DEFAULT_DRAFT_TOKENS if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
             draft_model_path=draft_model_path,
         )
         speculates = speculative.method is not SpeculativeMethod.OFF

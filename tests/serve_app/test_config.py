@@ -165,7 +165,7 @@ def test_speculation_reaches_the_engine() -> None:
     assert ngram.speculative == SpeculativeConfig(SpeculativeMethod.NGRAM, num_draft_tokens=5)
     assert ngram.scheduler.max_draft_tokens == 256
     single = parse_config({"device": "cpu", "speculative": "ngram", "max_num_seqs": "1"}).engine_config(MODEL)
-    assert (single.speculative.num_draft_tokens, single.scheduler.max_draft_tokens) == (None, 16)
+    assert (single.speculative.num_draft_tokens, single.scheduler.max_draft_tokens) == (8, 16)
     local = parse_config({"device": "cpu", "speculative": "local", "draft_model": "d"})
     path = Path("/models/d")
     assert local.engine_config(MODEL, path).speculative == SpeculativeConfig(

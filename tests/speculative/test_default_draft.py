@@ -37,7 +37,7 @@ def answers(path: Path, speculative: SpeculativeConfig) -> tuple[list[list[int]]
 def test_its_drafts_are_right_often_and_change_nothing(default_model_path: Path) -> None:
     name = CATALOGUE[DEFAULT_MODEL].draft_model
     assert name is not None
-    draft = SpeculativeConfig(SpeculativeMethod.LOCAL, NUM_DRAFT_TOKENS, shipped_model(name))
+    draft = SpeculativeConfig(SpeculativeMethod.LOCAL, NUM_DRAFT_TOKENS, shipped_model(name), always=True)
     outputs, stats = answers(default_model_path, draft)
     assert outputs == answers(default_model_path, SpeculativeConfig())[0]
     assert stats is not None

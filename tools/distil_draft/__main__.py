@@ -63,7 +63,7 @@ def generate_samples(
     samples: Annotated[int, typer.Option(help="the most answers, those that are there included")] = 200_000,
     num_prompts: Annotated[
         int, typer.Option(help="different prompts; more answers are further ones to these")
-    ] = 12_000,
+    ] = 40_000,
     max_tokens: Annotated[int, typer.Option(help="of one answer")] = 256,
     width: Annotated[int | None, typer.Option(help="answers at once; left out: 256 on a GPU, 32 on a CPU")] = None,
     seed: Seed = 0,

@@ -1,6 +1,6 @@
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
-"""The loss of draft logits and its gradient, in one kernel: torch's own functions pass over the logits a dozen times."""
+"""The loss of draft logits and its gradient in one kernel: torch's functions pass over the logits a dozen times."""
 
 import torch
 import triton

@@ -103,7 +103,7 @@ def _start(
     speculative = SpeculativeConfig()
     if method is not SpeculativeMethod.OFF:
         path = draft if method is SpeculativeMethod.LOCAL else None
-        speculative = SpeculativeConfig(method, NUM_DRAFT_TOKENS, path)
+        speculative = SpeculativeConfig(method, NUM_DRAFT_TOKENS, path, always=True)
     scheduler = SchedulerConfig(
         max_num_seqs=batch, max_model_len=max_model_len, max_draft_tokens=batch * NUM_DRAFT_TOKENS
     )
