@@ -89,7 +89,7 @@ CATALOGUE: Mapping[str, CatalogueEntry] = MappingProxyType(
                 None,
                 "Apache-2.0",
                 "draft model of the default model, bfloat16; has no tokenizer, so it is not served alone",
-                37_200_000,
+                59_731_640,
             ),
         )
     }

@@ -244,8 +244,8 @@ def everything(
     out: Annotated[Path, typer.Option(help="the directory to make, such as models/NAME")],
     model: Model = DEFAULT_MODEL,
     device: Where = Device.CPU,
-    generate_minutes: float = 2.5,
-    train_minutes: float = 4.0,
+    generate_minutes: float = 3.2,
+    train_minutes: float = 8.3,
     per_tag: Annotated[int, typer.Option(help="prompts of each kind to evaluate with")] = 8,
 ) -> None:
     """All steps with their defaults, each in a process of its own so that the next one has the device to itself."""
