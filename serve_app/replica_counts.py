@@ -10,7 +10,8 @@ from engine.errors import ConfigError
 
 # Chosen with the simulator, see docs/autoscaling.md.
 HOLD_S = 120.0  # a need counts for this long: replicas that it took stay
-MARGIN = 0.1  # part of a replica that must be free before one goes
+PENDING_HOLD_S = 10.0  # those that have not started yet are called off sooner
+MARGIN = 0.5  # above what there is to do: one replica less makes the others slower, so that their requests stay longer
 IDLE_S = 300.0  # without a request, before the last engine replica goes
 DRAIN_S = 2.0  # requests that wait less than this, at the measured rate, bring no replica
 # What one replica should have to do at most, unless an argument says otherwise. Requests of an engine, running and
@@ -86,6 +87,7 @@ def scaled_options(count: ReplicaCount, policy: str, **goal: float) -> dict[str,
     kwargs = {
         **goal,
         "hold_s": HOLD_S,
+        "pending_hold_s": PENDING_HOLD_S,
         "margin": MARGIN,
         "idle_s": IDLE_S,
         "stale_s": max(_MIN_STALE_S, _STALE_REPORTS * interval_s),

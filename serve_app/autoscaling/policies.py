@@ -38,12 +38,13 @@ class _Policy:
         self,
         *,
         hold_s: float,
+        pending_hold_s: float,
         margin: float,
         idle_s: float,
         stale_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pace = Pace(hold_s, margin, idle_s)
+        self._pace = Pace(hold_s, pending_hold_s, margin, idle_s)
         self._stale_s = stale_s
         self._clock = clock
         self._memory = Memory()
@@ -65,7 +66,9 @@ class _Policy:
         need, is_known, reason = self._need(ctx, Board(ctx.app_name), now_s)
         bounds = Bounds(ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas)
         before = ctx.target_num_replicas
-        target, self._memory = next_target(self._pace, self._memory, now_s, before, need, bounds, is_known=is_known)
+        target, self._memory = next_target(
+            self._pace, self._memory, now_s, before, ctx.current_num_replicas, need, bounds, is_known=is_known
+        )
         if target != before:
             logger.info(f"{ctx.deployment_name}: {before} -> {target} replicas, for {reason}")
         self._announce(Board(ctx.app_name), target, now_s)

@@ -12,7 +12,8 @@ class Pace:
     """How slowly replicas go. A need is met at once; that is not a setting."""
 
     hold_s: float  # a need counts for this long after it was last seen
-    margin: float  # part of a replica that has to be free for another to go: noise below it moves nothing
+    pending_hold_s: float  # the same for replicas that are not up yet, which can be called off
+    margin: float  # over the need, in parts of it, that stays when replicas go: noise below it moves nothing
     idle_s: float  # without any need, before the last replica goes
 
 
@@ -36,12 +37,21 @@ class Bounds:
 
 
 def next_target(
-    pace: Pace, memory: Memory, now_s: float, target: int, need: float, bounds: Bounds, *, is_known: bool = True
+    pace: Pace,
+    memory: Memory,
+    now_s: float,
+    target: int,
+    num_ready: int,
+    need: float,
+    bounds: Bounds,
+    *,
+    is_known: bool = True,
 ) -> tuple[int, Memory]:
     """The target after `target`, and what to remember.
 
-    need: replicas, see serve_app.autoscaling.need. is_known: False where some of it may be missing, because a replica
-    has not reported; then nothing is taken away. For a given past, a higher need never gives a lower target.
+    num_ready: how many of the replicas run. need: see serve_app.autoscaling.need. is_known: False where some of it may
+    be missing, because a replica has not reported; then nothing is taken away. For a given past, a higher need never
+    gives a lower target.
     """
     if memory.busy_s is None:  # the first decision, perhaps of a controller that has replaced another
         memory = Memory(_remember(pace, (), now_s, float(target)), now_s)
@@ -52,7 +62,12 @@ def next_target(
         return bounds.clip(enough), memory
     if not is_known:
         return bounds.clip(target), memory
-    fewest = _round_up(memory.needs[0][1] * (1 + pace.margin))
+    recent_s = now_s + pace.hold_s - pace.pending_hold_s  # what counts until then or longer is that recent
+    recently = max((known for until_s, known in memory.needs if until_s > recent_s), default=0.0)
+    fewest = max(
+        min(_round_up(memory.needs[0][1] * (1 + pace.margin)), num_ready),
+        _round_up(recently * (1 + pace.margin)),
+    )
     assert busy_s is not None
     if fewest == 0 and now_s - busy_s < pace.idle_s:
         fewest = 1

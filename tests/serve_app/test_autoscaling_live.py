@@ -31,7 +31,9 @@ def url(serve_cluster: str, default_model_path: object, monkeypatch: pytest.Monk
     arguments = {"min_replicas": 0, "max_replicas": 3, "target_queue_depth": 20, "engine_num_cpus": 0.1}
     config = parse_config({"device": "cpu", "ingress_num_cpus": 0.1, **arguments})
     serve.run(
-        bind(config, load_slow_engine, lambda: load_served_model(config)), name=APPLICATION, route_prefix=f"/{APPLICATION}"
+        bind(config, load_slow_engine, lambda: load_served_model(config)),
+        name=APPLICATION,
+        route_prefix=f"/{APPLICATION}",
     )
     yield f"{serve_cluster}/{APPLICATION}"
     serve.delete(APPLICATION)
