@@ -4,6 +4,7 @@ import time
 
 from engine.stats import EngineStats
 from serve_app.autoscaling.load import (
+    CAPACITY_PER_S,
     CPU_USAGE,
     FINISHED_PER_S,
     KV_CACHE_USAGE,
@@ -15,13 +16,17 @@ from serve_app.autoscaling.load import (
     STEP_TIME_S,
 )
 
-MEMORY_S = 10.0  # of work, after which what a rate was counts for a third of what it is
+FINISHED_MEMORY_S = 10.0
+CAPACITY_MEMORY_S = 10.0
+CAPACITY_VALID_S = 600.0  # requests change, and with them what an engine can do
+TOKENS_MEMORY_S = 2.0
+CPU_MEMORY_S = 5.0
 
 
 class Rate:
-    """Of a counter, over the time that counts. Old times fade."""
+    """Of a counter. What it was counts for a third after `memory_s`."""
 
-    def __init__(self, memory_s: float = MEMORY_S) -> None:
+    def __init__(self, memory_s: float) -> None:
         self._memory_s = memory_s
         self._amount = 0.0
         self._time_s = 0.0
@@ -36,31 +41,53 @@ class Rate:
         return self._amount / self._time_s if self._time_s > 0 else 0.0
 
 
-class EngineMeter:
-    """Of one engine replica. Rates are of the time in which it had work: an idle engine is no slow one."""
+class Capacity:
+    """How many requests an engine can finish: how many it does while others wait. At other times it does what there
+    is to do, which says nothing."""
 
     def __init__(self) -> None:
-        self._finished = Rate()
-        self._tokens = Rate()
-        self._before: tuple[float, bool, int, int] | None = None  # when, had work?, finished requests, output tokens
+        self._rate = Rate(CAPACITY_MEMORY_S)
+        self._measured_s = -CAPACITY_VALID_S
+
+    def add(self, now_s: float, num_finished: float, time_s: float, *, was_full: bool) -> None:
+        if was_full:
+            self._rate.add(num_finished, time_s)
+            self._measured_s = now_s
+
+    def per_s(self, now_s: float) -> float:
+        """0: not known."""
+        return self._rate.per_s if now_s - self._measured_s < CAPACITY_VALID_S else 0.0
+
+
+class EngineMeter:
+    """Of one engine replica."""
+
+    def __init__(self) -> None:
+        self._finished = Rate(FINISHED_MEMORY_S)
+        self._tokens = Rate(TOKENS_MEMORY_S)
+        self._capacity = Capacity()
+        self._before: tuple[float, bool, int, int] | None = None  # when, was full?, finished requests, output tokens
 
     def report(self, now_s: float, num_ongoing: int, num_finished: int, stats: EngineStats) -> dict[str, float]:
         """num_ongoing, num_finished: requests that the replica has, or is done with. They are counted outside the
         engine, which learns of new ones between two steps."""
-        if self._before is not None:
-            before_s, had_work, finished, tokens = self._before
-            if had_work or num_finished > finished:
-                self._finished.add(num_finished - finished, now_s - before_s)
-                self._tokens.add(stats.output_tokens - tokens, now_s - before_s)
-        self._before = (now_s, num_ongoing > 0, num_finished, stats.output_tokens)
         num_running = min(stats.num_requests_running, num_ongoing)
+        is_full = num_running < num_ongoing
+        if self._before is not None:
+            before_s, was_full, finished_before, tokens_before = self._before
+            time_s, num_new = now_s - before_s, num_finished - finished_before
+            self._finished.add(num_new, time_s)
+            self._tokens.add(stats.output_tokens - tokens_before, time_s)
+            self._capacity.add(now_s, num_new, time_s, was_full=was_full and is_full)
+        self._before = (now_s, is_full, num_finished, stats.output_tokens)
         return {
             NUM_RUNNING: float(num_running),
             NUM_WAITING: float(num_ongoing - num_running),
             KV_CACHE_USAGE: stats.kv_cache_usage,
             STEP_TIME_S: stats.step_time_s,
-            OUTPUT_TOKENS_PER_S: self._tokens.per_s if num_ongoing else 0.0,
+            OUTPUT_TOKENS_PER_S: self._tokens.per_s,
             FINISHED_PER_S: self._finished.per_s,
+            CAPACITY_PER_S: self._capacity.per_s(now_s),
         }
 
 
@@ -68,7 +95,7 @@ class IngressMeter:
     """Of one ingress replica."""
 
     def __init__(self) -> None:
-        self._cpu = Rate()
+        self._cpu = Rate(CPU_MEMORY_S)
         self._before: tuple[float, float] | None = None  # the wall's clock and the process's
 
     def report(self, num_ongoing: int, num_unplaced: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.autoscaling.service import Fleet, Replica
 from benchmarks.autoscaling.traces import Trace
-from serve_app.load_meter import Rate
+from serve_app.load_meter import FINISHED_MEMORY_S, Capacity, Rate
 
 CONTROL_S = 0.3  # between decisions, and how old what they are made on is: reports and Serve's loop together
 TAIL_S = 600.0  # after the last arrival: what is still to be done, and how long replicas stay
@@ -31,7 +31,8 @@ class View:
     num_ready: int
     num_running: int
     num_waiting: int
-    finished_per_s: float  # of one replica while it has work, as serve_app.load_meter has it
+    finished_per_s: float  # of all replicas lately
+    capacity_per_s: float  # of one replica while requests wait, as serve_app.load_meter has it; 0: not known
 
 
 class Scaler(Protocol):
@@ -85,7 +86,8 @@ class Cluster:
         self._fleet = fleet
         self._rng = rng
         self._ready_at_s: deque[float] = deque()  # of those that start
-        self._rate = Rate()
+        self._finished = Rate(FINISHED_MEMORY_S)
+        self._capacity = Capacity()
         self.num_ready = num_ready
         self.num_running = 0
         self.num_waiting = 0
@@ -118,7 +120,8 @@ class Cluster:
             leaving_per_s = self._replica.finished_per_s(self.num_running / self.num_ready) * self.num_ready
             part = -math.expm1(-leaving_per_s / self.num_running * step_s)
             num_left = int(self._rng.binomial(self.num_running, part))
-            self._rate.add(num_left / self.num_ready, step_s)
+        self._finished.add(num_left, step_s)
+        self._capacity.add(now_s, num_left / self.num_ready, step_s, was_full=self.num_waiting > num_arrivals)
         self.num_running -= num_left
         places = self.num_ready * self._replica.max_num_seqs - self.num_running
         num_begun = max(0, min(self.num_waiting, places))
@@ -127,7 +130,8 @@ class Cluster:
         return num_begun
 
     def view(self, now_s: float) -> View:
-        return View(now_s, self.num_held, self.num_ready, self.num_running, self.num_waiting, self._rate.per_s)
+        rates = (self._finished.per_s, self._capacity.per_s(now_s))
+        return View(now_s, self.num_held, self.num_ready, self.num_running, self.num_waiting, *rates)
 
     def token_time_s(self) -> float:
         return self._replica.token_time_s(self.num_running / self.num_ready) if self.num_ready else 0.0

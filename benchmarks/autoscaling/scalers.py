@@ -15,7 +15,7 @@ from benchmarks.autoscaling.cluster import Objective, Outcome, View, simulate
 from benchmarks.autoscaling.service import Fleet, Replica
 from benchmarks.autoscaling.traces import Trace
 from serve_app.autoscaling.load import EngineLoad
-from serve_app.autoscaling.need import EngineGoal, engine_need
+from serve_app.autoscaling.need import EngineGoal, engine_need, needed_to_keep_up
 from serve_app.autoscaling.target import Bounds, Memory, Pace, next_target
 
 
@@ -29,10 +29,15 @@ class QueueDepthScaler:
         self._memory = Memory()
 
     def target(self, view: View) -> int:
-        load = EngineLoad(view.num_running, view.num_waiting, finished_per_s=view.finished_per_s)
-        need = engine_need(load, self._goal)
+        load = EngineLoad(
+            view.num_running,
+            view.num_waiting,
+            finished_per_s=view.finished_per_s,
+            capacity_per_s=view.capacity_per_s,
+        )
+        needs = (engine_need(load, self._goal), needed_to_keep_up(load))
         target, self._memory = next_target(
-            self._pace, self._memory, view.now_s, view.target, view.num_ready, need, self._bounds
+            self._pace, self._memory, view.now_s, view.target, view.num_ready, *needs, self._bounds
         )
         return target
 
@@ -101,7 +106,7 @@ class Oracle:
     objective: Objective
     tolerance: float = 0.001
     slacks: tuple[float, ...] = (0.0, 0.75)  # parts of the objective's queue time, over which arrivals are spread
-    fillings: tuple[float, ...] = (1.0, 0.95, 0.85, 0.7)  # of the streams with which tokens still come in time
+    fillings: tuple[float, ...] = (1.0, 0.85, 0.7, 0.5)  # of the streams with which tokens still come in time
 
     def run(self, trace: Trace, replica: Replica, fleet: Fleet, bounds: Bounds, seed: int) -> Outcome:
         outcomes = []

@@ -8,7 +8,8 @@ NUM_WAITING = "num_requests_waiting"
 KV_CACHE_USAGE = "kv_cache_usage"
 STEP_TIME_S = "step_time_s"
 OUTPUT_TOKENS_PER_S = "output_tokens_per_s"
-FINISHED_PER_S = "finished_requests_per_s"  # while it had work; 0: it has finished none yet
+FINISHED_PER_S = "finished_requests_per_s"  # lately
+CAPACITY_PER_S = "capacity_requests_per_s"  # that it has finished while others waited; 0: not known
 # Those of an ingress replica.
 NUM_ONGOING = "num_requests_ongoing"
 NUM_UNPLACED = "num_requests_unplaced"  # of the ongoing ones, those that no engine has taken yet
@@ -22,7 +23,8 @@ class EngineLoad:
     num_running: float = 0.0
     num_waiting: float = 0.0  # in engines, and in ingresses that no engine has taken them from
     kv_cache_usage: float = 0.0  # in replicas: two half full ones make 1
-    finished_per_s: float = 0.0  # of one replica that has work, as measured; 0: not known
+    finished_per_s: float = 0.0  # lately
+    capacity_per_s: float = 0.0  # of one replica, as measured while requests waited; 0: not known
 
 
 @dataclass(frozen=True)

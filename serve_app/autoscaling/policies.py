@@ -7,10 +7,12 @@ other applications. So these neither wait nor raise: where anything is wrong, th
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from serve_app.autoscaling.board import Board
 from serve_app.autoscaling.load import (
+    CAPACITY_PER_S,
     CPU_USAGE,
     FINISHED_PER_S,
     KV_CACHE_USAGE,
@@ -22,13 +24,23 @@ from serve_app.autoscaling.load import (
     EngineLoad,
     IngressLoad,
 )
-from serve_app.autoscaling.need import EngineGoal, draft_need, engine_need, ingress_need
+from serve_app.autoscaling.need import EngineGoal, draft_need, engine_need, ingress_need, needed_to_keep_up
 from serve_app.autoscaling.reports import ReportReader
 from serve_app.autoscaling.target import Bounds, Memory, Pace, next_target
 
 logger = logging.getLogger("ray.serve")
 
 ENGINE_TARGET, UNPLACED = "engine target", "unplaced requests"  # notes on the board
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """For replicas. See next_target."""
+
+    need: float
+    is_known: bool
+    reason: str  # in words
+    kept: float = 0.0
 
 
 class _Policy:
@@ -63,19 +75,26 @@ class _Policy:
 
     def _decide(self, ctx: Any) -> int:
         now_s = self._clock()
-        need, is_known, reason = self._need(ctx, Board(ctx.app_name), now_s)
+        demand = self._demand(ctx, Board(ctx.app_name), now_s)
         bounds = Bounds(ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas)
         before = ctx.target_num_replicas
         target, self._memory = next_target(
-            self._pace, self._memory, now_s, before, ctx.current_num_replicas, need, bounds, is_known=is_known
+            self._pace,
+            self._memory,
+            now_s,
+            before,
+            ctx.current_num_replicas,
+            demand.need,
+            demand.kept,
+            bounds,
+            is_known=demand.is_known,
         )
         if target != before:
-            logger.info(f"{ctx.deployment_name}: {before} -> {target} replicas, for {reason}")
+            logger.info(f"{ctx.deployment_name}: {before} -> {target} replicas, for {demand.reason}")
         self._announce(Board(ctx.app_name), target, now_s)
         return target
 
-    def _need(self, ctx: Any, board: Board, now_s: float) -> tuple[float, bool, str]:
-        """Replicas, whether that is all of it, and why, in words."""
+    def _demand(self, ctx: Any, board: Board, now_s: float) -> _Demand:
         raise NotImplementedError
 
     def _announce(self, board: Board, target: int, now_s: float) -> None:
@@ -88,27 +107,29 @@ class EnginePolicy(_Policy):
     def __init__(self, *, target_queue_depth: float, drain_s: float, **pace: Any) -> None:
         super().__init__(**pace)
         self._goal = EngineGoal(target_queue_depth, drain_s)
-        names = (NUM_RUNNING, NUM_WAITING, KV_CACHE_USAGE, FINISHED_PER_S, OUTPUT_TOKENS_PER_S)
+        names = (NUM_RUNNING, NUM_WAITING, KV_CACHE_USAGE, FINISHED_PER_S, CAPACITY_PER_S, OUTPUT_TOKENS_PER_S)
         self._reader = ReportReader(names, self._stale_s)
 
-    def _need(self, ctx: Any, board: Board, now_s: float) -> tuple[float, bool, str]:
+    def _demand(self, ctx: Any, board: Board, now_s: float) -> _Demand:
         reports = self._reader.read(ctx, now_s)
         unplaced = board.read(UNPLACED)
         if unplaced is not None and now_s - unplaced.written_s >= self._stale_s:
             unplaced = None
-        rates = [report[FINISHED_PER_S] for report in reports.by_replica if report[FINISHED_PER_S]]
+        capacities = [report[CAPACITY_PER_S] for report in reports.by_replica if report[CAPACITY_PER_S]]
         load = EngineLoad(
             num_running=reports.total(NUM_RUNNING),
             num_waiting=reports.total(NUM_WAITING) + (0.0 if unplaced is None else unplaced.value),
             kv_cache_usage=reports.total(KV_CACHE_USAGE),
-            finished_per_s=sum(rates) / len(rates) if rates else 0.0,
+            finished_per_s=reports.total(FINISHED_PER_S),
+            capacity_per_s=sum(capacities) / len(capacities) if capacities else 0.0,
         )
         reason = (
-            f"{load.num_running:g} requests running and {load.num_waiting:g} waiting, in {len(reports.by_replica)} "
-            f"replicas that finish {load.finished_per_s:.3g}/s each, at {reports.total(OUTPUT_TOKENS_PER_S):.3g} "
-            f"tokens/s together, with {load.kv_cache_usage:.2f} KV caches in use"
+            f"{load.num_running:g} requests running and {load.num_waiting:g} waiting; {len(reports.by_replica)} "
+            f"replicas finish {load.finished_per_s:.3g}/s, of {load.capacity_per_s:.3g} that one can, at "
+            f"{reports.total(OUTPUT_TOKENS_PER_S):,.0f} tokens/s, with {load.kv_cache_usage:.2f} KV caches in use"
         )
-        return engine_need(load, self._goal), reports.is_complete and unplaced is not None, reason
+        is_known = reports.is_complete and unplaced is not None
+        return _Demand(engine_need(load, self._goal), is_known, reason, needed_to_keep_up(load))
 
     def _announce(self, board: Board, target: int, now_s: float) -> None:
         board.write(ENGINE_TARGET, target, now_s)
@@ -121,12 +142,12 @@ class DraftPolicy(_Policy):
         super().__init__(**pace)
         self._engines_per_draft = engines_per_draft
 
-    def _need(self, ctx: Any, board: Board, now_s: float) -> tuple[float, bool, str]:  # noqa: ARG002
+    def _demand(self, ctx: Any, board: Board, now_s: float) -> _Demand:  # noqa: ARG002
         engines = board.read(ENGINE_TARGET)
         if engines is None:  # the controller has just started
-            return 0.0, False, "an unknown number of engine replicas"
+            return _Demand(0.0, False, "an unknown number of engine replicas")
         need = draft_need(int(engines.value), self._engines_per_draft)
-        return need, True, f"{engines.value:g} engine replicas"
+        return _Demand(need, True, f"{engines.value:g} engine replicas")
 
 
 class IngressPolicy(_Policy):
@@ -138,7 +159,7 @@ class IngressPolicy(_Policy):
         self._target_queue_depth = target_queue_depth
         self._reader = ReportReader((NUM_ONGOING, NUM_UNPLACED, CPU_USAGE), self._stale_s)
 
-    def _need(self, ctx: Any, board: Board, now_s: float) -> tuple[float, bool, str]:
+    def _demand(self, ctx: Any, board: Board, now_s: float) -> _Demand:
         reports = self._reader.read(ctx, now_s)
         if reports.by_replica:
             unplaced, before = reports.total(NUM_UNPLACED), board.read(UNPLACED)
@@ -147,4 +168,4 @@ class IngressPolicy(_Policy):
             board.write(UNPLACED, unplaced, now_s)
         load = IngressLoad(reports.total(NUM_ONGOING), reports.total(CPU_USAGE))
         reason = f"{load.num_ongoing:g} requests and {load.cpu_usage:.2f} cores in use"
-        return ingress_need(load, self._target_queue_depth), reports.is_complete, reason
+        return _Demand(ingress_need(load, self._target_queue_depth), reports.is_complete, reason)

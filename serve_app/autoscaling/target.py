@@ -43,20 +43,21 @@ def next_target(
     target: int,
     num_ready: int,
     need: float,
+    kept: float,
     bounds: Bounds,
     *,
     is_known: bool = True,
 ) -> tuple[int, Memory]:
     """The target after `target`, and what to remember.
 
-    num_ready: how many of the replicas run. need: see serve_app.autoscaling.need. is_known: False where some of it may
-    be missing, because a replica has not reported; then nothing is taken away. For a given past, a higher need never
-    gives a lower target.
+    num_ready: how many of the replicas run. need, kept: see serve_app.autoscaling.need; replicas come for the need, and
+    go down to what must be kept at most. is_known: False where some of it may be missing, because a replica has not
+    reported; then none goes. For a given past, a higher need never gives a lower target.
     """
     if memory.busy_s is None:  # the first decision, perhaps of a controller that has replaced another
         memory = Memory(_remember(pace, (), now_s, float(target)), now_s)
     busy_s = now_s if need > 0 or not is_known else memory.busy_s
-    memory = Memory(_remember(pace, memory.needs, now_s, need), busy_s)
+    memory = Memory(_remember(pace, memory.needs, now_s, max(need, kept / (1 + pace.margin))), busy_s)
     enough = _round_up(need)
     if enough > target:
         return bounds.clip(enough), memory
