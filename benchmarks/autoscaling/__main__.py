@@ -21,6 +21,10 @@ POLICIES, NUMBERS = 4, 28  # runs for each trace, for the bar
 errors = Console(stderr=True)
 
 
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
 def main(
     traces: Annotated[list[TraceName] | None, typer.Option("--trace", help="May be repeated; all if left out.")] = None,
     curve: Annotated[CurveName, typer.Option(help="What a replica does.")] = CurveName.TINYLLAMA_H100,
@@ -77,4 +81,4 @@ def _run(comparison: Comparison, names: list[TraceName], numbers: bool) -> list[
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli()

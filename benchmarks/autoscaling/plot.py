@@ -34,7 +34,7 @@ def plot(results: list[Result], path: Path) -> None:
         panel.set_ylabel("replicas")
         panel.set_xlabel("hours" if unit_s == 3600 else "minutes")
         panel.set_ylim(bottom=0)
-        panel.legend(fontsize=7, frameon=False, loc="upper right")
+        panel.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
