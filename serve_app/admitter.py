@@ -72,6 +72,7 @@ class BatchAdmitter:
         self._encoder = PromptEncoder(tokenizer, max_model_len)
         self._max_queued = max_queued_requests
         self._num_queued = 0  # choices that have had no output yet
+        self.num_unplaced = 0  # of those, the ones that no engine replica has taken
 
     async def readiness(self) -> ReadinessState:
         return await self._readiness.state()
@@ -80,6 +81,7 @@ class BatchAdmitter:
         """See serve_app.admission.Admitter. Returns when an engine replica has taken every prompt."""
         num_choices = len(call.prompts) * call.n
         self._reserve(num_choices)
+        self.num_unplaced += num_choices
         item = _Item(call, [_as_prompt(prompt, call.add_special_tokens) for prompt in call.prompts])
         try:
             await self._encode_long(item)
@@ -94,6 +96,7 @@ class BatchAdmitter:
                 stream.abort()
             raise
         finally:
+            self.num_unplaced -= num_choices
             if not item.streams:  # else each gives its own back
                 self._release(num_choices)
         return handed.admitted

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ConfigError, ModelError, SlipstreamError
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig, cache_dir, parse_config
+from serve_app.replica_counts import DRAIN_S, fixed_options, scaled_options
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -241,7 +242,7 @@ def bind(
     engine = serve.deployment(
         Engine,
         name=ENGINE_DEPLOYMENT,
-        num_replicas=config.engine_replicas,
+        **_engine_scaling(config),
         ray_actor_options={"num_cpus": config.engine_num_cpus, "num_gpus": config.engine_num_gpus, **environment},
         max_ongoing_requests=config.engine_max_ongoing_requests,
         request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
@@ -251,7 +252,7 @@ def bind(
     ingress = serve.deployment(
         Ingress,
         name=INGRESS_DEPLOYMENT,
-        num_replicas=config.ingress_replicas,
+        **_ingress_scaling(config),
         ray_actor_options={"num_cpus": config.ingress_num_cpus},
         max_ongoing_requests=config.ingress_max_ongoing_requests,
         **common,
@@ -263,7 +264,7 @@ def bind(
         draft = serve.deployment(
             Draft,
             name=DRAFT_DEPLOYMENT,
-            num_replicas=config.draft_replicas,
+            **_draft_scaling(config),
             ray_actor_options={"num_cpus": config.draft_num_cpus, "num_gpus": config.draft_gpu_share, **environment},
             max_ongoing_requests=_DRAFT_MAX_ONGOING_REQUESTS,
             logging_config={"enable_access_log": False},
@@ -272,3 +273,25 @@ def bind(
         engine_arguments.append(draft.bind(load_draft))
     application: Application = ingress.bind(engine.bind(*engine_arguments), load_model, config.max_queued_requests)
     return application
+
+
+def _engine_scaling(config: AppConfig) -> dict[str, Any]:
+    count = config.engine_count
+    if count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "EnginePolicy", target_queue_depth=count.target_queue_depth, drain_s=DRAIN_S)
+
+
+def _ingress_scaling(config: AppConfig) -> dict[str, Any]:
+    """With a policy also where the number is fixed, if that of the engines is not: theirs asks it what waits."""
+    count = config.ingress_count
+    if count.is_fixed and config.engine_count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "IngressPolicy", target_queue_depth=count.target_queue_depth)
+
+
+def _draft_scaling(config: AppConfig) -> dict[str, Any]:
+    count = config.draft_count
+    if count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "DraftPolicy", engines_per_draft=count.target_queue_depth)

@@ -29,6 +29,7 @@ from serve_app.messages import (
     from_wire,
 )
 from serve_app.replica_registry import ReplicaGoneError, running_replicas
+from serve_app.waking import Waker
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,10 +67,16 @@ class EngineClient:
         self._shunned_s: dict[str, float] = {}  # when a replica has refused
         self.last_heard_s = -float("inf")  # time.monotonic() of the last frame of any replica
         self.fingerprint = ""  # of the replica that last opened a group
+        self._waker = Waker(handle, self.running_replicas)
         self._housekeeping = spawn(self._keep_house())
 
     def running_replicas(self) -> tuple[str, ...]:
         return running_replicas(self._handle.app_name, self._handle.deployment_name)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests handed over here, whether an engine has taken them or not."""
+        return sum(group.num_live_members for group in self._groups.values())
 
     def unique_request_id(self, request_id: str) -> str:
         """Clients choose ids; the engine's must differ, also among attempts."""
@@ -80,15 +87,18 @@ class EngineClient:
 
         Returns one future for each prompt, of the opening of its group. It fails with UnavailableError.
         """
-        by_replica: dict[str | None, list[tuple[int, PlacedPrompt]]] = {}
+        by_replica: dict[str, list[tuple[int, PlacedPrompt]]] = {}
+        lone: list[tuple[int, PlacedPrompt]] = []  # there is no replica yet, and there may be several: a group each
         extra: Counter[str] = Counter()
         for index, item in enumerate(placed):
             replica_id = self._choose_replica(extra)
-            by_replica.setdefault(replica_id, []).append((index, item))
-            if replica_id is not None:
+            if replica_id is None:
+                lone.append((index, item))
+            else:
+                by_replica.setdefault(replica_id, []).append((index, item))
                 extra[replica_id] += len(item.streams)
         openings: dict[int, asyncio.Future[Opening]] = {}
-        for replica_id, members in by_replica.items():
+        for replica_id, members in [*by_replica.items(), *((None, [member]) for member in lone)]:
             group = self._start_group(replica_id, [item for _, item in members])
             openings.update((index, group.opened) for index, _ in members)
         return [openings[index] for index in range(len(placed))]
@@ -168,6 +178,10 @@ class EngineClient:
         """
         submission = encode(Submission(group.group_id, 0, group.prompts))
         while not group.cancelled:
+            if not self.running_replicas():
+                await self._waker.wait(lambda: group.cancelled)
+                self._place(group, self._choose_replica(Counter()))
+                continue
             group.response = self._generate.remote(submission, replica_id=group.replica_id)
             try:
                 async for data in group.response:

@@ -17,6 +17,7 @@ from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
 from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
     EngineStatus,
@@ -44,7 +45,9 @@ class Engine:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._num_requests = 0
+        self._num_taken = 0  # requests, since the start
         self._metrics = EngineMetrics()
+        self._meter = EngineMeter()
         self._outbox: Outbox | None = None
         self._ticker: asyncio.Task[None] | None = None
         try:
@@ -64,6 +67,7 @@ class Engine:
         requests = requests_of(message)
         group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
         self._groups[message.group_id] = group
+        self._num_taken += len(requests)
         try:
             try:
                 self._engine.submit(requests, partial(self._ready_outbox().post, group))
@@ -98,6 +102,11 @@ class Engine:
 
     async def stats(self, replica_id: str | None = None) -> EngineStats:  # noqa: ARG002 - for the router
         return self._engine.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it where the number of replicas may vary."""
+        num_ongoing = sum(group.num_unfinished for group in self._groups.values())
+        return self._meter.report(time.monotonic(), num_ongoing, self._num_taken - num_ongoing, self._engine.stats())
 
     async def check_health(self) -> None:
         """Serve replaces the replica after repeated failures of this. From the first one on, there are metrics."""

@@ -50,6 +50,10 @@ class GroupStream:
     def unfinished_ids(self) -> list[str]:
         return [self.request_ids[member] for member in sorted(self._unfinished)]
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             member = self._member_of[output.request_id]

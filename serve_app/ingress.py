@@ -13,6 +13,7 @@ from engine.tokenizer import Tokenizer
 from serve_app.admitter import BatchAdmitter
 from serve_app.engine_client import EngineClient
 from serve_app.http import build_http_app
+from serve_app.load_meter import IngressMeter
 from serve_app.metrics import IngressMetrics
 from serve_app.readiness import ReadinessCheck
 
@@ -49,6 +50,7 @@ class Ingress:
         )
         self._defaults = model.defaults
         self._metrics = IngressMetrics()
+        self._meter = IngressMeter()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_http_app(
@@ -58,6 +60,12 @@ class Ingress:
             system_fingerprint=lambda: self._client.fingerprint,
             sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
             observer=self._metrics,
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it where the number of replicas may vary."""
+        return self._meter.report(
+            max(self._client.num_unfinished, self._admitter.num_unplaced), self._admitter.num_unplaced
         )
 
     async def __del__(self) -> None:

@@ -83,6 +83,8 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     service = {"model", "served_model_name", "max_queued_requests"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
     placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
+    scaling = {"min_replicas", "max_replicas", "target_queue_depth"}
+    placement |= {prefix + name for prefix in ("", "draft_", "ingress_") for name in scaling}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
     assert set(AppConfig.model_fields) == engine | service | placement | speculation
 
@@ -127,6 +129,10 @@ def test_unknown_name_lists_what_is_accepted() -> None:
         ("num_draft_tokens", True, "adaptive or a whole number from 1 to 16"),
         ("draft_model", "", "none, or like model"),
         ("draft_replicas", "0", "a whole number of at least 1"),
+        ("min_replicas", "-1", "none or a whole number of at least 0"),
+        ("max_replicas", "0", "none or a whole number of at least 1"),
+        ("ingress_min_replicas", "0", "none or a whole number of at least 1"),
+        ("target_queue_depth", "0", "none or a number above 0"),
         ("draft_num_gpus", "0", "none, a number below 0.5"),
     ],
 )
@@ -228,6 +234,7 @@ def test_engine_and_draft_share_a_gpu() -> None:
         ({"draft_model": "d"}, "draft_model=d does nothing with speculative=off: set speculative to local or remote"),
         ({"draft_model": "d", "speculative": "ngram"}, "draft_model=d does nothing with speculative=ngram"),
         ({"num_draft_tokens": "3"}, "num_draft_tokens does nothing with speculative=off"),
+        ({"draft_max_replicas": "2"}, "draft_max_replicas is for speculative=remote, not off"),
         ({"draft_replicas": "2"}, "draft_replicas is for speculative=remote, not off"),
         ({"draft_num_cpus": "2", "speculative": "ngram"}, "draft_num_cpus is for speculative=remote, not ngram"),
         (
