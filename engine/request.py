@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context length
-    ABORT = "abort"  # the client went away
+    ABORT = "abort"  # for no fault of its own: the client went away, or the engine did
     ERROR = "error"  # this request failed; the engine goes on
 
 
@@ -101,6 +101,9 @@ class Request:
 
     Token positions count from 0 through prompt and output together. `num_computed_tokens` is how many
     of them have their KV in this request's blocks. What every step asks of every request is a plain attribute.
+
+    A request that another engine has begun comes with the `output_token_ids` that it has so far. It goes on as one that
+    was preempted here: they are computed again, and everything counts from the border of prompt and output.
     """
 
     request_id: str
