@@ -187,7 +187,7 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, or empty
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it (the last of token_ids)
-    error: str | None = None  # with FinishReason.ERROR
+    error: str | None = None  # with FinishReason.ERROR; with ABORT, what became of the engine
     num_cached_tokens: int = 0  # of the prompt
     num_drafted_tokens: int = 0  # these two of the request up to now, also where the step verified no drafts of it
     num_accepted_tokens: int = 0

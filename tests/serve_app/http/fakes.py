@@ -92,6 +92,7 @@ class ScriptedStream:
         self.num_aborts = 0
         self.num_read = 0
         self.ended = False
+        self.fingerprints: list[str] = []
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         for item in self._script:
