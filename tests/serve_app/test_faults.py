@@ -19,7 +19,7 @@ from serve_app.config import parse_config
 from serve_app.engine_client import EngineClient
 from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
-from serve_app.messages import SubmittedPrompt
+from serve_app.messages import Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
 from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
@@ -184,6 +184,19 @@ def test_call_to_a_replica_that_has_left_fails_at_once(url: str) -> None:  # noq
             assert replica_id.encode() in status
 
     with_client(test)
+
+
+def test_a_replica_refuses_to_continue_the_answer_of_another_kind(url: str) -> None:  # noqa: ARG001
+    prompt = SubmittedPrompt([5, 5], SamplingParams(seed=1), [("continued#1", 0)], outputs=[[7]])
+    handle = serve.get_deployment_handle("engine", APPLICATION).options(method_name="generate", stream=True)
+    frames = [decode_frame(data) for data in handle.remote(encode(Submission("group", 1, [prompt], "fp_other")))]
+    assert len(frames) == 1
+    assert isinstance(frames[0], Refusal)
+    assert (frames[0].fingerprint, "fp_other" in frames[0].reason) == ("fp_fake", True)
+    first, *_ = handle.remote(encode(Submission("group", 1, [prompt], "fp_fake")))
+    opening = decode_frame(first)
+    assert isinstance(opening, Opening)
+    assert opening.attempt == 1
 
 
 def test_failed_request_leaves_its_siblings_alone(url: str) -> None:
