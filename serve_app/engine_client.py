@@ -232,7 +232,7 @@ class EngineClient:
         if is_stale:
             self._observer.on_stale_frame()
             return
-        for item in group.prompts:
+        for item in group.prompts if group.attempt else ():
             if item.paused_s is not None and item.has_advanced:
                 self._observer.on_recovered(self.last_heard_s - item.paused_s)
                 item.paused_s = None

@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
 from ray.serve.handle import DeploymentResponseGenerator
 
 from engine.request import FinishReason
@@ -66,13 +67,12 @@ class PlacedPrompt:
             for stream, (request_id, choice_index) in zip(self.streams, self.prompt.choices, strict=True)
             if not stream.finished
         ]
-        prompt = SubmittedPrompt(
-            self.prompt.token_ids,
-            self.prompt.sampling,
-            [choice for _, choice in live],
-            self.prompt.priority,
-            [list(stream.token_ids) for stream, _ in live] if any(stream.token_ids for stream, _ in live) else [],
-            time.monotonic() - self._admitted_s,
+        has_begun = any(stream.token_ids for stream, _ in live)
+        prompt = replace(
+            self.prompt,
+            choices=[choice for _, choice in live],
+            outputs=[list(stream.token_ids) for stream, _ in live] if has_begun else [],
+            waited_s=time.monotonic() - self._admitted_s,
         )
         return prompt, [stream for stream, _ in live]
 
