@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 HUNG_S = 60.0  # without a byte
-RETRIES = 5
+LAST_RETRIES = 5  # when no more faults come: before that, each retry may meet another
 RETRY_PAUSE_S = 2.0
 _WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
 
@@ -34,7 +34,7 @@ class Outcomes:
     wrong: list[str] = field(default_factory=list)
     hung: int = 0
     error_events: list[str] = field(default_factory=list)
-    broken_s: list[float] = field(default_factory=list)  # time.monotonic() of connections that broke, or of a 5xx
+    broken_s: list[float] = field(default_factory=list)  # time.monotonic() of each connection that broke, or of a 5xx
     healed: int = 0  # of those, requests that a retry answered
     unhealed: int = 0
     longest_pauses_s: list[float] = field(default_factory=list)  # of each completed stream
@@ -136,7 +136,9 @@ class Clients:
 
     async def _request(self, client: httpx.AsyncClient, body: dict[str, Any], expected: Answer) -> None:
         outcomes = self.outcomes
-        for attempt in range(1 + RETRIES):
+        was_broken = False
+        num_last_retries = 0
+        while num_last_retries <= LAST_RETRIES:
             try:
                 answer, longest_s = await ask(client, self._url, body)
             except TimeoutError:
@@ -146,14 +148,15 @@ class Clients:
                 outcomes.error_events.append(str(error))
                 return
             except _BrokenError:
-                if attempt == 0:
-                    outcomes.broken_s.append(time.monotonic())
+                outcomes.broken_s.append(time.monotonic())
+                was_broken = True
+                num_last_retries += self.stopping
                 await asyncio.sleep(RETRY_PAUSE_S)
                 continue
             if answer != expected:
                 outcomes.wrong.append(_difference(answer, expected))
             outcomes.completed += 1
-            outcomes.healed += attempt > 0
+            outcomes.healed += was_broken
             outcomes.longest_pauses_s.append(longest_s)
             return
         outcomes.unhealed += 1
