@@ -40,7 +40,7 @@ class AsyncEngine:
 
     `submit` and `abort` may be called from any thread and return at once; they take effect between steps. Every
     submitted request ends with exactly one output that has a `finish_reason`, whatever happens, short of a callback
-    that raises.
+    that raises. Where the engine itself ends or fails, that is FinishReason.ABORT: another may go on with the request.
     """
 
     def __init__(self, engine: LLMEngine, stall_limit_s: float = STALL_LIMIT_S) -> None:
@@ -125,12 +125,12 @@ class AsyncEngine:
                     self._deliver(self.engine.step())
                 self._stats = self.engine.stats()
                 self._last_progress_s = monotonic()
-            self._end_all(FinishReason.ABORT, None)
+            self._end_all("the engine was shut down")
             self.engine.close()
         except BaseException as error:  # a broken invariant: nothing this thread could go on with
             logger.exception("the engine thread ends")
             self._failure = error
-            self._end_all(FinishReason.ERROR, f"the engine failed: {error!r}")
+            self._end_all(f"the engine failed: {error!r}")
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when it is time to stop.
@@ -179,10 +179,10 @@ class AsyncEngine:
             ready, group.outputs = group.outputs, []
             group.on_outputs(ready)
 
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+    def _end_all(self, why: str) -> None:
         with self._wake:
             self._stopping = True  # from here on `_post` refuses
         for command in self._commands:
             if isinstance(command, _Group):
                 self._groups |= {request.request_id: command for request in command.requests}
-        self._deliver([RequestOutput(key, finish_reason=reason, error=error) for key in list(self._groups)])
+        self._deliver([RequestOutput(key, finish_reason=FinishReason.ABORT, error=why) for key in list(self._groups)])

@@ -34,7 +34,9 @@ INGRESS_DEPLOYMENT = "ingress"
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica that fails three in a row
 _HEALTH_CHECK_TIMEOUT_S = 15.0
-_DRAIN_TIMEOUT_S = 30.0  # for the streams under way; then Serve kills the replica, and they end with an error
+# For the streams under way. Those of an engine move to another at once, if one fits; else they go on until Serve kills
+# the replica, and then wait for one.
+_DRAIN_TIMEOUT_S = 30.0
 # libgomp spins at every barrier until the last thread is there, which on shared cores is when the scheduler lets that
 # one run again: beside three busy processes a step took 580 ms instead of 29. Spinning for some 10 µs costs nothing on
 # idle cores and bounds the loss on busy ones. libgomp reads this once, when the process starts.
@@ -271,7 +273,9 @@ def bind(
             **common,
         )
         engine_arguments.append(draft.bind(load_draft))
-    application: Application = ingress.bind(engine.bind(*engine_arguments), load_model, config.max_queued_requests)
+    application: Application = ingress.bind(
+        engine.bind(*engine_arguments), load_model, config.max_queued_requests, config.failover_policy
+    )
     return application
 
 

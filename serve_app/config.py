@@ -26,6 +26,7 @@ from engine.config import (
 from engine.errors import ConfigError
 from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.quantize.formats import resolve_quantization
+from serve_app.failover import FailoverPolicy
 from serve_app.replica_counts import (
     CPU_QUEUE_DEPTH,
     DRAFT_QUEUE_DEPTH,
@@ -115,6 +116,8 @@ class AppConfig(BaseModel):
     enable_prefix_caching: bool = Field(True, description="true or false")
     num_threads: _OptionalCount = None  # None: every core that the replica may run on
     max_queued_requests: _Count = 1024  # in each ingress replica, waiting for their first token
+    failover_timeout_s: _AboveZero = Field(60.0, description="a number of seconds above 0")
+    failover_across_fingerprints: bool = Field(False, description="true or false")
     engine_replicas: _Count = 1
     min_replicas: _OptionalCountFrom0 = None  # of the engine; None, as well as max_replicas: as many as engine_replicas
     max_replicas: _OptionalCount = None
@@ -223,6 +226,10 @@ class AppConfig(BaseModel):
         """What an engine counts as: a whole GPU, or what a draft that shares it leaves. These are Ray's books alone;
         the memory is shared out by CacheConfig.device_share, and the time by the driver."""
         return (self.device == "cuda") - (self.draft_gpu_share if self.draft_gpu_share < 1 else 0.0)
+
+    @property
+    def failover_policy(self) -> FailoverPolicy:
+        return FailoverPolicy(self.failover_timeout_s, self.failover_across_fingerprints)
 
     @property
     def model_name(self) -> str:

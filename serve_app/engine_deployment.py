@@ -61,9 +61,12 @@ class Engine:
     async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
         """Runs a group. Closing the call aborts every member that is still running."""
         if replica_id not in (None, self._replica_id):
-            yield encode(Refusal(f"replica {self._replica_id} was sent a group for {replica_id}"))
+            yield self._refusal(f"replica {self._replica_id} was sent a group for {replica_id}")
             return
         message = decode_submission(submission)
+        if message.fingerprint not in ("", self._fingerprint):
+            yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
+            return
         requests = requests_of(message)
         group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
         self._groups[message.group_id] = group
@@ -72,7 +75,7 @@ class Engine:
             try:
                 self._engine.submit(requests, partial(self._ready_outbox().post, group))
             except SlipstreamError as error:
-                yield encode(Refusal(str(error)))
+                yield self._refusal(str(error))
                 return
             yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
             async for frame in group.frames():
@@ -80,6 +83,9 @@ class Engine:
         finally:
             del self._groups[message.group_id]
             self._abort(group.unfinished_ids)
+
+    def _refusal(self, reason: str, fingerprint: str = "") -> bytes:
+        return encode(Refusal(reason, self._replica_id, fingerprint))
 
     async def control(self, message: bytes, replica_id: str | None = None) -> None:
         """Credit and aborts for groups of this replica; those of groups that have ended are void."""
@@ -125,7 +131,7 @@ class Engine:
         return self._outbox
 
     async def _tick(self) -> None:
-        """Heartbeats of all groups, and metrics. A dead engine has neither: it ends every group with an error."""
+        """Heartbeats of all groups, and metrics. A dead engine has neither: it abandons every group."""
         reported_s = -REPORT_S
         while True:
             await asyncio.sleep(HEARTBEAT_S)
@@ -134,7 +140,7 @@ class Engine:
             except EngineDeadError as error:
                 for group in self._groups.values():
                     self._abort(group.unfinished_ids)  # should the engine only have been slow
-                    group.fail(str(error))
+                    group.abandon(str(error))
                 continue
             stats = self._engine.stats()
             self._num_requests = stats.num_requests_running + stats.num_requests_waiting
@@ -151,7 +157,7 @@ class Engine:
             with suppress(asyncio.CancelledError):
                 await self._ticker
         for group in self._groups.values():
-            group.fail("the engine replica is shutting down")
+            group.abandon("the engine replica is shutting down")
         engine = getattr(self, "_engine", None)  # the constructor may have failed
         if engine is not None:
             with suppress(TimeoutError):  # a step that never ends: Serve kills the process

@@ -12,6 +12,7 @@ from engine.loader.generation_defaults import GenerationDefaults
 from engine.tokenizer import Tokenizer
 from serve_app.admitter import BatchAdmitter
 from serve_app.engine_client import EngineClient
+from serve_app.failover import FailoverPolicy
 from serve_app.http import build_http_app
 from serve_app.load_meter import IngressMeter
 from serve_app.metrics import IngressMetrics
@@ -34,11 +35,16 @@ class Ingress:
     """A Serve deployment. `load` reads the model's small files, in the replica."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, on the loop that will serve
-        self, engine: DeploymentHandle[object], load: Callable[[], ServedModel], max_queued_requests: int
+        self,
+        engine: DeploymentHandle[object],
+        load: Callable[[], ServedModel],
+        max_queued_requests: int,
+        failover: FailoverPolicy,
     ) -> None:
         model = load()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
-        self._client = EngineClient(engine, replica_id)
+        self._metrics = IngressMetrics()
+        self._client = EngineClient(engine, replica_id, failover, self._metrics)
         self._admitter = BatchAdmitter(
             self._client,
             ReadinessCheck(engine, self._client),
@@ -49,7 +55,6 @@ class Ingress:
             max_queued_requests=max_queued_requests,
         )
         self._defaults = model.defaults
-        self._metrics = IngressMetrics()
         self._meter = IngressMeter()
 
     def __serve_build_asgi_app__(self) -> Starlette:

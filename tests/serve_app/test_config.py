@@ -20,6 +20,7 @@ from engine.config import (
 )
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
+from serve_app.failover import FailoverPolicy
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -86,7 +87,16 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     scaling = {"min_replicas", "max_replicas", "target_queue_depth"}
     placement |= {prefix + name for prefix in ("", "draft_", "ingress_") for name in scaling}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
-    assert set(AppConfig.model_fields) == engine | service | placement | speculation
+    failover = {"failover_timeout_s", "failover_across_fingerprints"}
+    assert set(AppConfig.model_fields) == engine | service | placement | speculation | failover
+
+
+def test_failover_policy() -> None:
+    assert parse_config({}).failover_policy == FailoverPolicy(timeout_s=60.0, across_fingerprints=False)
+    config = parse_config({"failover_timeout_s": "2.5", "failover_across_fingerprints": "true"})
+    assert config.failover_policy == FailoverPolicy(timeout_s=2.5, across_fingerprints=True)
+    with pytest.raises(ConfigError, match="failover_timeout_s must be a number of seconds above 0"):
+        parse_config({"failover_timeout_s": "0"})
 
 
 def test_none_as_text() -> None:

@@ -13,6 +13,7 @@ from engine.request import FinishReason, SamplingParams
 from engine.stats import EngineStats, RemoteStats, SpeculationStats
 from serve_app import engine_deployment, metrics
 from serve_app.engine_deployment import Engine
+from serve_app.failover import Loss
 from serve_app.messages import Heartbeat, Opening, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.metrics import EngineMetrics, IngressMetrics, seconds_buckets
 from tests.serve_app.fake_engine import IS_SILENT, FakeEngine
@@ -161,6 +162,11 @@ def test_ingress_metrics(ray: FakeRay) -> None:
     observer.on_later_tokens(0.01)
     for reason in FinishReason:
         observer.on_end(reason, 2.0)
+    observer.on_attempt(8)
+    observer.on_lost(Loss.SILENT, 3)
+    observer.on_lost(Loss.LEFT, 1)
+    observer.on_recovered(1.5)
+    observer.on_stale_frame()
     assert ray.values == {
         "time_to_first_token_seconds": [0.5],
         "inter_token_latency_seconds": [0.01],
@@ -169,6 +175,11 @@ def test_ingress_metrics(ray: FakeRay) -> None:
         "request_success length": [1],
         "request_success abort": [1],
         "request_success error": [1],
+        "stream_attempts": [8],
+        "resumed_streams silent": [3],
+        "resumed_streams left": [1],
+        "recovery_time_seconds": [1.5],
+        "stale_frames": [1],
     }
     ray.failing = {"time_to_first_token_seconds"}
     observer.on_first_token(0.5)  # an answer does not fail for it
