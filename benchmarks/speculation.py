@@ -27,6 +27,7 @@ from benchmarks.hardware import hardware_name
 from benchmarks.shapes import SHAPES, RandomCheckpoint
 from benchmarks.synthetic_drafts import Script, scripted
 from engine.config import (
+    DEFAULT_DRAFT_TOKENS,
     CacheConfig,
     Device,
     EngineConfig,
@@ -146,10 +147,19 @@ class Comparison:
         return Row("exact", "0", 0.0, batch, median(speeds), 1.0, 1.0, 0.0, True)
 
     def drafted(
-        self, method: str, proposer: Proposer, num_draft_tokens: int | None, acceptance: float, batch: int, repeats: int
+        self,
+        method: str,
+        proposer: Proposer,
+        num_draft_tokens: int,
+        always: bool,
+        acceptance: float,
+        batch: int,
+        repeats: int,
     ) -> Row:
         padded_sizes = self.engine._runner.forward.padded_sizes
-        speculation = Speculation(proposer, num_draft_tokens, self.setting.max_draft_tokens, padded_sizes)
+        speculation = Speculation(
+            proposer, num_draft_tokens, self.setting.max_draft_tokens, padded_sizes, always=always
+        )
         self.engine._speculation = speculation
         decode(self.engine, self.requests(batch, 0))  # steps are timed, graphs captured
         speeds, equal, drafted, produced = [], True, 0, 0
@@ -162,7 +172,7 @@ class Comparison:
         stats = speculation.stats()
         return Row(
             method,
-            str(num_draft_tokens or "adaptive"),
+            str(num_draft_tokens) if always else f"up to {num_draft_tokens}",
             acceptance,
             batch,
             median(speeds),
@@ -220,9 +230,10 @@ def compare(
     for acceptance, method in product(acceptances, methods):
         script = Script(comparison.outputs, acceptance, checkpoint.config.vocab_size)
         with proposer_of(method, setting, script, local) as proposer:
-            kinds = list(product(sizes, (setting.num_draft_tokens, None)))
-            for size, count in track(kinds, description=f"{method}, {acceptance:g}", console=errors, transient=True):
-                rows.append(comparison.drafted(method, proposer, count, acceptance, size, repeats))
+            count = setting.num_draft_tokens
+            kinds = list(product(sizes, ((count, True), (count, False), (DEFAULT_DRAFT_TOKENS, False))))
+            for size, kind in track(kinds, description=f"{method}, {acceptance:g}", console=errors, transient=True):
+                rows.append(comparison.drafted(method, proposer, *kind, acceptance, size, repeats))
     return rows
 
 
@@ -260,7 +271,7 @@ def main(
     methods: Annotated[str, typer.Option(help="local, remote, or both, separated by a comma")] = "local",
     batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8,64",
     acceptance: Annotated[str, typer.Option(help="odds of a right draft, separated by commas")] = "0.8,0.6",
-    num_draft_tokens: Annotated[int, typer.Option(help="beside the adaptive number")] = 4,
+    num_draft_tokens: Annotated[int, typer.Option(help="in each step, and at most; beside the default")] = 4,
     input: Annotated[int, typer.Option(help="prompt tokens of each request")] = 128,
     output: Annotated[int, typer.Option(help="output tokens of each request")] = 256,
     device: Device = Device.CPU,

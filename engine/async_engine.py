@@ -40,7 +40,7 @@ class AsyncEngine:
 
     `submit` and `abort` may be called from any thread and return at once; they take effect between steps. Every
     submitted request ends with exactly one output that has a `finish_reason`, whatever happens, short of a callback
-    that raises.
+    that raises. Where the engine itself ends or fails, that is FinishReason.ABORT: another may go on with the request.
     """
 
     def __init__(
@@ -79,18 +79,18 @@ class AsyncEngine:
             if self._thread.is_alive():
                 raise TimeoutError(f"the engine thread did not stop within {timeout_s:g} s")
 
-    def submit(self, requests: Sequence[Request], on_outputs: OnOutputs) -> None:
+    def submit(self, requests: Sequence[Request], on_outputs: OnOutputs, *, even_if_full: bool = False) -> None:
         """Queue requests. `on_outputs` is called in the engine thread after each step that concerns them, with the
         outputs of these requests only; it must return fast and not raise.
 
         A request that the engine refuses gets an output with FinishReason.ERROR; its siblings go on.
 
         Raises:
-            EngineFullError: there are max_requests already. What is submitted together is taken together, so there may
-                be more by that much.
+            EngineFullError: there are max_requests already, and not even_if_full. What is
+                submitted together is taken together, so there may be more by that much.
             EngineDeadError: the thread has ended.
         """
-        self._post(_Group(requests, on_outputs))
+        self._post(_Group(requests, on_outputs), even_if_full)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests and free their blocks before the next step. Those that have ended already are passed over."""
@@ -113,13 +113,14 @@ class AsyncEngine:
         if self._busy and stalled_s > self._stall_limit_s:
             raise EngineDeadError(f"the engine has made no step for {stalled_s:.0f} s with work pending")
 
-    def _post(self, command: _Group | _Abort) -> None:
+    def _post(self, command: _Group | _Abort, even_if_full: bool = False) -> None:
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineDeadError(f"the engine has stopped: {self._failure or 'it was shut down'}")
             if isinstance(command, _Group):
                 num_requests = len(self._groups) + self._num_posted
-                if self._max_requests is not None and num_requests >= self._max_requests:
+                is_full = self._max_requests is not None and num_requests >= self._max_requests
+                if is_full and not even_if_full:
                     raise EngineFullError(f"the engine has {num_requests} requests already; try again later")
                 self._num_posted += len(command.requests)
             self._commands.append(command)
@@ -137,12 +138,12 @@ class AsyncEngine:
                     self._deliver(self.engine.step())
                 self._stats = self.engine.stats()
                 self._last_progress_s = monotonic()
-            self._end_all(FinishReason.ABORT, None)
+            self._end_all("the engine was shut down")
             self.engine.close()
         except BaseException as error:  # a broken invariant: nothing this thread could go on with
             logger.exception("the engine thread ends")
             self._failure = error
-            self._end_all(FinishReason.ERROR, f"the engine failed: {error!r}")
+            self._end_all(f"the engine failed: {error!r}")
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when it is time to stop.
@@ -199,10 +200,10 @@ class AsyncEngine:
             ready, group.outputs = group.outputs, []
             group.on_outputs(ready)
 
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+    def _end_all(self, why: str) -> None:
         with self._wake:
             self._stopping = True  # from here on `_post` refuses
         for command in self._commands:
             if isinstance(command, _Group):
                 self._groups |= {request.request_id: command for request in command.requests}
-        self._deliver([RequestOutput(key, finish_reason=reason, error=error) for key in list(self._groups)])
+        self._deliver([RequestOutput(key, finish_reason=FinishReason.ABORT, error=why) for key in list(self._groups)])

@@ -106,8 +106,13 @@ class LLMEngine:
         blocks = BlockManager(pool)
         speculation = None
         if proposer is not None:
-            num_draft_tokens = config.speculative.num_draft_tokens
-            speculation = Speculation(proposer, num_draft_tokens, scheduling.max_draft_tokens, forward.padded_sizes)
+            speculation = Speculation(
+                proposer,
+                config.speculative.num_draft_tokens,
+                scheduling.max_draft_tokens,
+                forward.padded_sizes,
+                always=config.speculative.always,
+            )
         return cls(
             ModelRunner(forward, sampler),
             Scheduler(scheduling, blocks),
@@ -120,10 +125,10 @@ class LLMEngine:
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request, or one that another engine has begun: its outputs are those from its next token on.
 
         Raises:
-            InvalidRequest: its prompt is empty, too long or holds unknown tokens.
+            InvalidRequest: its prompt is empty, too long or holds unknown tokens, or its outputs are complete.
         """
         prompt = request.prompt_token_ids
         if not prompt:
@@ -134,11 +139,13 @@ class LLMEngine:
                 "no room for an answer",
                 "prompt",
             )
-        used = (*prompt, *request.sampling.logit_bias, *request.sampling.stop_token_ids)
+        used = (*prompt, *request.output_token_ids, *request.sampling.logit_bias, *request.sampling.stop_token_ids)
         if min(used) < 0 or max(used) >= self.vocab_size:
             raise InvalidRequest(f"token ids must be between 0 and {self.vocab_size - 1}", "prompt")
         request.sampling = request.sampling.seeded()
         request.max_output_tokens = min(request.sampling.max_tokens, self.max_model_len - len(prompt))
+        if len(request.output_token_ids) >= request.max_output_tokens:
+            raise InvalidRequest(f"all {request.max_output_tokens} tokens of the answer are there", "max_tokens")
         request.stop_ids = self._sampler.stop_ids(request.sampling)
         request.is_chosen_by_device = self._runner.chooses_on_device(request)
         self._scheduler.add(request)

@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context length
-    ABORT = "abort"  # the client went away
+    ABORT = "abort"  # for no fault of its own: the client went away, or the engine did
     ERROR = "error"  # this request failed; the engine goes on
 
 
@@ -101,6 +101,9 @@ class Request:
 
     Token positions count from 0 through prompt and output together. `num_computed_tokens` is how many
     of them have their KV in this request's blocks. What every step asks of every request is a plain attribute.
+
+    A request that another engine has begun comes with the `output_token_ids` that it has so far. It goes on as one that
+    was preempted here: they are computed again, and everything counts from the border of prompt and output.
     """
 
     request_id: str
@@ -185,7 +188,7 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, or empty
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it (the last of token_ids)
-    error: str | None = None  # with FinishReason.ERROR
+    error: str | None = None  # with FinishReason.ERROR; with ABORT, what became of the engine
     num_cached_tokens: int = 0  # of the prompt
     num_drafted_tokens: int = 0  # these two of the request up to now, also where the step verified no drafts of it
     num_accepted_tokens: int = 0

@@ -1,7 +1,7 @@
 """The seam between the HTTP handlers and the engine: what a handler hands over and what it gets back."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +39,10 @@ class TokenStream(Protocol):
 
     Outputs are coalesced while the reader is behind: one may carry many tokens.
     """
+
+    @property
+    def fingerprints(self) -> Sequence[str]:
+        """Of the engines that have produced it so far, in order. More than one where failover may cross them."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 

@@ -75,6 +75,7 @@ class BatchAdmitter:
         self._readiness = readiness
         self._encoder = PromptEncoder(tokenizer, max_model_len)
         self._places = places  # of choices that have had no output yet
+        self.num_unplaced = 0  # of those, the ones that no engine replica has taken
 
     async def readiness(self) -> ReadinessState:
         return await self._readiness.state()
@@ -85,6 +86,7 @@ class BatchAdmitter:
     async def admit(self, call: GenerateCall) -> Admitted:
         """See serve_app.admission.Admitter. Returns when an engine replica has taken every prompt."""
         self._places.take(call.tenant, call.num_choices, time.monotonic())
+        self.num_unplaced += call.num_choices
         seconds_left = call.seconds_left(has_begun=False)
         try:
             async with asyncio.timeout(None if seconds_left == math.inf else seconds_left):
@@ -93,6 +95,8 @@ class BatchAdmitter:
             raise call.limits.error(has_begun=False, retry_after_s=self.retry_after_s()) from None
         except OverloadedError as error:  # of the engines, which do not know when that will be over
             raise OverloadedError(str(error), self.retry_after_s(), error.reason) from None
+        finally:
+            self.num_unplaced -= call.num_choices
 
     async def _admit(self, call: GenerateCall) -> Admitted:
         """With places taken, which it gives back, or the streams do."""

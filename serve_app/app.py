@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ConfigError, ModelError, SlipstreamError
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig, cache_dir, parse_config
+from serve_app.replica_counts import DRAIN_S, fixed_options, scaled_options
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -33,7 +34,9 @@ INGRESS_DEPLOYMENT = "ingress"
 
 _HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica that fails three in a row
 _HEALTH_CHECK_TIMEOUT_S = 15.0
-_DRAIN_TIMEOUT_S = 30.0  # for the streams under way; then Serve kills the replica, and they end with an error
+# For the streams under way. Those of an engine move to another at once, if one fits; else they go on until Serve kills
+# the replica, and then wait for one.
+_DRAIN_TIMEOUT_S = 30.0
 # libgomp spins at every barrier until the last thread is there, which on shared cores is when the scheduler lets that
 # one run again: beside three busy processes a step took 580 ms instead of 29. Spinning for some 10 µs costs nothing on
 # idle cores and bounds the loss on busy ones. libgomp reads this once, when the process starts.
@@ -241,7 +244,7 @@ def bind(
     engine = serve.deployment(
         Engine,
         name=ENGINE_DEPLOYMENT,
-        num_replicas=config.engine_replicas,
+        **_engine_scaling(config),
         ray_actor_options={"num_cpus": config.engine_num_cpus, "num_gpus": config.engine_num_gpus, **environment},
         max_ongoing_requests=config.engine_max_ongoing_requests,
         request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
@@ -251,7 +254,7 @@ def bind(
     ingress = serve.deployment(
         Ingress,
         name=INGRESS_DEPLOYMENT,
-        num_replicas=config.ingress_replicas,
+        **_ingress_scaling(config),
         ray_actor_options={"num_cpus": config.ingress_num_cpus},
         max_ongoing_requests=config.ingress_max_ongoing_requests,
         # What Serve lets wait where even that is not enough: clients that take long to read what is ready for them.
@@ -266,7 +269,7 @@ def bind(
         draft = serve.deployment(
             Draft,
             name=DRAFT_DEPLOYMENT,
-            num_replicas=config.draft_replicas,
+            **_draft_scaling(config),
             ray_actor_options={"num_cpus": config.draft_num_cpus, "num_gpus": config.draft_gpu_share, **environment},
             max_ongoing_requests=_DRAFT_MAX_ONGOING_REQUESTS,
             logging_config={"enable_access_log": False},
@@ -275,5 +278,27 @@ def bind(
         engine_arguments.append(draft.bind(load_draft))
     bound_engine = engine.bind(*engine_arguments, max_requests=config.max_num_seqs + config.max_waiting_requests)
     limits = IngressLimits(config.max_queued_requests, config.max_queued_requests_per_key, config.time_limits)
-    application: Application = ingress.bind(bound_engine, load_model, limits)
+    application: Application = ingress.bind(bound_engine, load_model, limits, config.failover_policy)
     return application
+
+
+def _engine_scaling(config: AppConfig) -> dict[str, Any]:
+    count = config.engine_count
+    if count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "EnginePolicy", target_queue_depth=count.target_queue_depth, drain_s=DRAIN_S)
+
+
+def _ingress_scaling(config: AppConfig) -> dict[str, Any]:
+    """With a policy also where the number is fixed, if that of the engines is not: theirs asks it what waits."""
+    count = config.ingress_count
+    if count.is_fixed and config.engine_count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "IngressPolicy", target_queue_depth=count.target_queue_depth)
+
+
+def _draft_scaling(config: AppConfig) -> dict[str, Any]:
+    count = config.draft_count
+    if count.is_fixed:
+        return fixed_options(count)
+    return scaled_options(count, "DraftPolicy", engines_per_draft=count.target_queue_depth)

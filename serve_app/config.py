@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from engine.config import (
+    DEFAULT_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
     CacheConfig,
     Device,
@@ -23,8 +24,17 @@ from engine.config import (
     SpeculativeMethod,
 )
 from engine.errors import ConfigError
-from engine.loader.catalogue import DEFAULT_MODEL
+from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.quantize.formats import resolve_quantization
+from serve_app.failover import FailoverPolicy
+from serve_app.replica_counts import (
+    CPU_QUEUE_DEPTH,
+    DRAFT_QUEUE_DEPTH,
+    GPU_QUEUE_DEPTH_PER_SEQ,
+    INGRESS_QUEUE_DEPTH,
+    ReplicaCount,
+    replica_count,
+)
 from serve_app.time_limits import TimeLimits
 
 _BYTES_PER_GB = 10**9
@@ -66,7 +76,13 @@ _NoneFromText = BeforeValidator(_none_from_text)
 _Count = Annotated[_AtLeast1, Field(description=_COUNT)]
 _OptionalCount = Annotated[_AtLeast1 | None, _NoneFromText, Field(description=f"none or {_COUNT}")]
 _OptionalSeconds = Annotated[_AboveZero | None, _NoneFromText, Field(description="none or a number of seconds above 0")]
+_AtLeast0 = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+_OptionalCountFrom0 = Annotated[
+    _AtLeast0 | None, _NoneFromText, Field(description="none or a whole number of at least 0")
+]
+_OptionalDepth = Annotated[_AboveZero | None, _NoneFromText, Field(description="none or a number above 0")]
 _MOST = MAX_DRAFT_TOKENS
+_WITH_DRAFT_MODEL = ("local", "remote")
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
 
@@ -106,24 +122,44 @@ class AppConfig(BaseModel):
     max_waiting_requests: _Count = 1024  # in each engine replica, beside max_num_seqs that run
     queue_timeout_s: _OptionalSeconds = 120.0
     request_timeout_s: _OptionalSeconds = None
+    failover_timeout_s: _AboveZero = Field(60.0, description="a number of seconds above 0")
+    failover_across_fingerprints: bool = Field(False, description="true or false")
     engine_replicas: _Count = 1
+    min_replicas: _OptionalCountFrom0 = None  # of the engine; None, as well as max_replicas: as many as engine_replicas
+    max_replicas: _OptionalCount = None
+    target_queue_depth: _OptionalDepth = None
     ingress_replicas: _Count = 1
+    ingress_min_replicas: _OptionalCount = None
+    ingress_max_replicas: _OptionalCount = None
+    ingress_target_queue_depth: _OptionalDepth = None
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
     speculative: Annotated[Literal["off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = Field(
         "off", description="one of off, ngram, local, remote"
     )
     draft_model: Annotated[_Text | None, _NoneFromText] = Field(
-        None, description="none, or like model: a catalogue name, a path or a hub id"
+        None, validate_default=True, description="none, or like model: a catalogue name, a path or a hub id"
     )
     num_draft_tokens: Literal["adaptive"] | Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_MOST)] = Field(
         "adaptive", description=f"adaptive or a whole number from 1 to {_MOST}"
     )
     draft_replicas: _Count = 1
+    draft_min_replicas: _OptionalCountFrom0 = None
+    draft_max_replicas: _OptionalCount = None
+    draft_target_queue_depth: _OptionalDepth = None
     draft_num_cpus: _Cpus = 0.5
     draft_num_gpus: Annotated[_AboveZero | None, _NoneFromText] = Field(
         None, description="none, a number below 0.5 (a share of the engine's GPU) or 1 (a GPU of its own)"
     )
+
+    @field_validator("draft_model")
+    @classmethod
+    def _catalogue_draft(cls, draft_model: str | None, info: ValidationInfo) -> str | None:
+        """Left out where one is needed, it is the catalogue's for the model."""
+        if draft_model is not None or info.data.get("speculative") not in _WITH_DRAFT_MODEL:
+            return draft_model
+        entry = CATALOGUE.get(info.data.get("model", ""))
+        return None if entry is None else entry.draft_model
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -131,12 +167,17 @@ class AppConfig(BaseModel):
             raise ConfigError("kv_cache_memory_gb and num_kv_blocks both size the KV cache: give one of them")
         self._cache_config()
         self._check_speculation()
+        self._check_replica_counts()
         return self
 
     def _check_speculation(self) -> None:
-        has_model = self.speculative in ("local", "remote")
+        has_model = self.speculative in _WITH_DRAFT_MODEL
         if has_model and self.draft_model is None:
-            raise ConfigError(f"speculative={self.speculative} needs a draft_model")
+            served = ", ".join(entry.name for entry in CATALOGUE.values() if entry.draft_model)
+            raise ConfigError(
+                f"speculative={self.speculative} needs a draft_model for {self.model}; "
+                f"the catalogue has one for {served}"
+            )
         if not has_model and self.draft_model is not None:
             raise ConfigError(
                 f"draft_model={self.draft_model} does nothing with speculative={self.speculative}: "
@@ -144,7 +185,8 @@ class AppConfig(BaseModel):
             )
         if self.speculative == "off" and self.num_draft_tokens != "adaptive":
             raise ConfigError("num_draft_tokens does nothing with speculative=off: set it to ngram, local or remote")
-        for name in ("draft_replicas", "draft_num_cpus", "draft_num_gpus"):
+        scaling = ("draft_replicas", "draft_min_replicas", "draft_max_replicas", "draft_target_queue_depth")
+        for name in (*scaling, "draft_num_cpus", "draft_num_gpus"):
             if self.speculative != "remote" and getattr(self, name) != AppConfig.model_fields[name].default:
                 raise ConfigError(f"{name} is for speculative=remote, not {self.speculative}")
         share = self.draft_num_gpus
@@ -152,6 +194,30 @@ class AppConfig(BaseModel):
             # With a half or more, the rests of two engines would count as one GPU, and Ray would give both the same.
             description = AppConfig.model_fields["draft_num_gpus"].description
             raise ConfigError(f"draft_num_gpus must be {description}, not {share:g}")
+
+    def _check_replica_counts(self) -> None:
+        assert self.ingress_count.fewest >= 1
+        if self.engine_count.is_fixed and not self.draft_count.is_fixed:
+            raise ConfigError(
+                "draft replicas are as many as the engine replicas need, whose number is fixed: set max_replicas, "
+                "or draft_replicas in place of draft_min_replicas and draft_max_replicas"
+            )
+
+    @property
+    def engine_count(self) -> ReplicaCount:
+        """Engine replicas. Their target depth hangs on the device: `device` must have been resolved for it to hold."""
+        on_cpu = self.device == "cpu"
+        depth = CPU_QUEUE_DEPTH if on_cpu else max(1.0, GPU_QUEUE_DEPTH_PER_SEQ * self.max_num_seqs)
+        return replica_count(self, "engine", depth)
+
+    @property
+    def ingress_count(self) -> ReplicaCount:
+        return replica_count(self, "ingress", INGRESS_QUEUE_DEPTH)
+
+    @property
+    def draft_count(self) -> ReplicaCount:
+        """Draft replicas, of which there are any with speculative=remote only."""
+        return replica_count(self, "draft", DRAFT_QUEUE_DEPTH)
 
     @property
     def draft_gpu_share(self) -> float:
@@ -170,6 +236,10 @@ class AppConfig(BaseModel):
     @property
     def time_limits(self) -> TimeLimits:
         return TimeLimits(self.queue_timeout_s, self.request_timeout_s)
+
+    @property
+    def failover_policy(self) -> FailoverPolicy:
+        return FailoverPolicy(self.failover_timeout_s, self.failover_across_fingerprints)
 
     @property
     def model_name(self) -> str:
@@ -214,7 +284,7 @@ class AppConfig(BaseModel):
             raise ConfigError("draft_num_gpus is for device=cuda: there is no GPU to be shared")
         speculative = SpeculativeConfig(
             method=SpeculativeMethod(self.speculative),
-            num_draft_tokens=None if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
+            num_draft_tokens=DEFAULT_DRAFT_TOKENS if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
             draft_model_path=draft_model_path,
         )
         speculates = speculative.method is not SpeculativeMethod.OFF
@@ -259,12 +329,12 @@ class AppConfig(BaseModel):
     @property
     def ingress_max_ongoing_requests(self) -> int:
         """HTTP requests in one ingress replica: those queued, those running, and those that only ask."""
-        return self.max_queued_requests + 2 * self.engine_replicas * self.max_num_seqs + _CALL_HEADROOM
+        return self.max_queued_requests + 2 * self.engine_count.most * self.max_num_seqs + _CALL_HEADROOM
 
     @property
     def engine_max_ongoing_requests(self) -> int:
         """Calls in one engine replica: at most one group for each request of each ingress, and control."""
-        return self.ingress_replicas * (self.max_queued_requests + 2 * self.max_num_seqs) + _CALL_HEADROOM
+        return self.ingress_count.most * (self.max_queued_requests + 2 * self.max_num_seqs) + _CALL_HEADROOM
 
 
 def parse_config(args: Mapping[str, Any]) -> AppConfig:

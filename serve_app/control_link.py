@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection
 
 from serve_app.background import spawn
 from serve_app.messages import Control, encode
@@ -33,10 +32,9 @@ class ControlLink:
         self._pending.aborted.setdefault(group_id, []).append(member)
         self._wake.set()
 
-    async def close(self) -> None:
+    def close(self) -> None:
+        """Not waited for: a call under way to a replica that is dead may end when it likes."""
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
 
     async def _run(self) -> None:
         while True:
@@ -56,3 +54,21 @@ class ControlLink:
             except Exception as error:
                 logger.warning(f"control message to engine replica {self._replica_id} failed: {error!r}")
                 await asyncio.sleep(RETRY_PAUSE_S * (attempt + 1))
+
+
+class ControlLinks:
+    """One for each replica that has anything to be told."""
+
+    def __init__(self, send: Callable[[bytes, str], Awaitable[None]]) -> None:
+        self._send = send
+        self._links: dict[str, ControlLink] = {}
+
+    def to(self, replica_id: str) -> ControlLink:
+        link = self._links.get(replica_id)
+        if link is None:
+            link = self._links[replica_id] = ControlLink(replica_id, self._send)
+        return link
+
+    def close_all_but(self, replica_ids: Collection[str | None]) -> None:
+        for replica_id in self._links.keys() - set(replica_ids):
+            self._links.pop(replica_id).close()

@@ -17,6 +17,7 @@ from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
 from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
     EngineStatus,
@@ -47,7 +48,9 @@ class Engine:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._num_requests = 0
+        self._num_taken = 0  # requests, since the start
         self._metrics = EngineMetrics()
+        self._meter = EngineMeter()
         self._outbox: Outbox | None = None
         self._ticker: asyncio.Task[None] | None = None
         try:
@@ -61,17 +64,23 @@ class Engine:
     async def generate(self, submission: bytes, replica_id: str | None = None) -> AsyncIterator[bytes]:
         """Runs a group. Closing the call aborts every member that is still running."""
         if replica_id not in (None, self._replica_id):
-            yield encode(Refusal(f"replica {self._replica_id} was sent a group for {replica_id}"))
+            yield self._refusal(f"replica {self._replica_id} was sent a group for {replica_id}")
             return
         message = decode_submission(submission)
+        if message.fingerprint not in ("", self._fingerprint):
+            yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
+            return
         requests = requests_of(message)
         group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
         self._groups[message.group_id] = group
+        self._num_taken += len(requests)
         try:
             try:
-                self._engine.submit(requests, partial(self._ready_outbox().post, group))
+                on_outputs = partial(self._ready_outbox().post, group)
+                # Requests that were taken before, and have lost their replica, are not turned away.
+                self._engine.submit(requests, on_outputs, even_if_full=message.attempt > 0)
             except SlipstreamError as error:
-                yield encode(Refusal(str(error), is_full=isinstance(error, EngineFullError)))
+                yield self._refusal(str(error), is_full=isinstance(error, EngineFullError))
                 return
             yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
             async for frame in group.frames():
@@ -79,6 +88,9 @@ class Engine:
         finally:
             del self._groups[message.group_id]
             self._abort(group.unfinished_ids)
+
+    def _refusal(self, reason: str, fingerprint: str = "", *, is_full: bool = False) -> bytes:
+        return encode(Refusal(reason, self._replica_id, fingerprint, is_full))
 
     async def control(self, message: bytes, replica_id: str | None = None) -> None:
         """Credit and aborts for groups of this replica; those of groups that have ended are void."""
@@ -102,6 +114,11 @@ class Engine:
     async def stats(self, replica_id: str | None = None) -> EngineStats:  # noqa: ARG002 - for the router
         return self._engine.stats()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it where the number of replicas may vary."""
+        num_ongoing = sum(group.num_unfinished for group in self._groups.values())
+        return self._meter.report(time.monotonic(), num_ongoing, self._num_taken - num_ongoing, self._engine.stats())
+
     async def check_health(self) -> None:
         """Serve replaces the replica after repeated failures of this. From the first one on, there are metrics."""
         self._ready_outbox()
@@ -119,7 +136,7 @@ class Engine:
         return self._outbox
 
     async def _tick(self) -> None:
-        """Heartbeats of all groups, and metrics. A dead engine has neither: it ends every group with an error."""
+        """Heartbeats of all groups, and metrics. A dead engine has neither: it abandons every group."""
         reported_s = -REPORT_S
         while True:
             await asyncio.sleep(HEARTBEAT_S)
@@ -128,7 +145,7 @@ class Engine:
             except EngineDeadError as error:
                 for group in self._groups.values():
                     self._abort(group.unfinished_ids)  # should the engine only have been slow
-                    group.fail(str(error))
+                    group.abandon(str(error))
                 continue
             stats = self._engine.stats()
             self._num_requests = stats.num_requests_running + stats.num_requests_waiting
@@ -145,7 +162,7 @@ class Engine:
             with suppress(asyncio.CancelledError):
                 await self._ticker
         for group in self._groups.values():
-            group.fail("the engine replica is shutting down")
+            group.abandon("the engine replica is shutting down")
         engine = getattr(self, "_engine", None)  # the constructor may have failed
         if engine is not None:
             with suppress(TimeoutError):  # a step that never ends: Serve kills the process

@@ -22,11 +22,14 @@ def requests_of(submission: Submission) -> list[Request]:
             sampling=prompt.sampling,
             choice_index=choice_index,
             priority=prompt.priority,
-            arrival_s=now_s,
+            arrival_s=now_s - prompt.waited_s,
             tenant=prompt.tenant,
+            output_token_ids=output_token_ids,
         )
         for prompt in submission.prompts
-        for request_id, choice_index in prompt.choices
+        for (request_id, choice_index), output_token_ids in zip(
+            prompt.choices, prompt.outputs or [[] for _ in prompt.choices], strict=True
+        )
     ]
 
 
@@ -51,10 +54,14 @@ class GroupStream:
     def unfinished_ids(self) -> list[str]:
         return [self.request_ids[member] for member in sorted(self._unfinished)]
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             member = self._member_of[output.request_id]
-            if member not in self._unfinished:  # ended by `fail` while the engine was not looking
+            if member not in self._unfinished:  # ended by `abandon` while the engine was not looking
                 continue
             self._buffers[member].add(output)
             self._dirty[member] = None
@@ -62,10 +69,10 @@ class GroupStream:
                 self._unfinished.discard(member)
         self._wake.set()
 
-    def fail(self, reason: str) -> None:
-        """Ends every member that is still running with an error."""
+    def abandon(self, reason: str) -> None:
+        """Ends every member that is still running, for the ingress to send elsewhere."""
         self.add(
-            RequestOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=reason)
+            RequestOutput(request_id=request_id, finish_reason=FinishReason.ABORT, error=reason)
             for request_id in self.unfinished_ids
         )
 

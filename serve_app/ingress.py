@@ -12,7 +12,9 @@ from engine.loader.generation_defaults import GenerationDefaults
 from engine.tokenizer import Tokenizer
 from serve_app.admitter import BatchAdmitter
 from serve_app.engine_client import EngineClient
+from serve_app.failover import FailoverPolicy
 from serve_app.http import build_http_app
+from serve_app.load_meter import IngressMeter
 from serve_app.metrics import IngressMetrics
 from serve_app.queue_places import QueuePlaces
 from serve_app.readiness import ReadinessCheck
@@ -44,11 +46,16 @@ class Ingress:
     """A Serve deployment. `load` reads the model's small files, in the replica."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, on the loop that will serve
-        self, engine: DeploymentHandle[object], load: Callable[[], ServedModel], limits: IngressLimits
+        self,
+        engine: DeploymentHandle[object],
+        load: Callable[[], ServedModel],
+        limits: IngressLimits,
+        failover: FailoverPolicy,
     ) -> None:
         model = load()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
-        self._client = EngineClient(engine, replica_id)
+        self._metrics = IngressMetrics()
+        self._client = EngineClient(engine, replica_id, failover, self._metrics)
         self._admitter = BatchAdmitter(
             self._client,
             ReadinessCheck(engine, self._client),
@@ -59,8 +66,8 @@ class Ingress:
             places=QueuePlaces(limits.max_queued_requests, limits.max_queued_requests_per_key),
         )
         self._defaults = model.defaults
-        self._metrics = IngressMetrics()
         self._time_limits = limits.time
+        self._meter = IngressMeter()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_http_app(
@@ -71,6 +78,12 @@ class Ingress:
             sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
             observer=self._metrics,
             time_limits=self._time_limits,
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it where the number of replicas may vary."""
+        return self._meter.report(
+            max(self._client.num_unfinished, self._admitter.num_unplaced), self._admitter.num_unplaced
         )
 
     async def __del__(self) -> None:

@@ -22,14 +22,20 @@ class SubmittedPrompt(msgspec.Struct, array_like=True):
     choices: list[tuple[str, int]]  # (request id, choice index)
     priority: int = 0
     tenant: str = ""
+    outputs: list[list[int]] = []  # of each choice, the tokens that it has from earlier attempts; empty: none has any
+    waited_s: float = 0.0  # since its admission, of which earlier attempts may have taken a part
 
 
 class Submission(msgspec.Struct, array_like=True):
-    """Opens a group. `attempt` counts from 0; a later attempt supersedes the earlier ones."""
+    """Opens a group. `attempt` counts from 0, of all members alike: how often they have been lost.
+
+    `fingerprint`: of the only engines that may go on with them; empty: any may.
+    """
 
     group_id: str
     attempt: int
     prompts: list[SubmittedPrompt]
+    fingerprint: str = ""
 
 
 class Opening(msgspec.Struct, tag="opening", array_like=True):
@@ -41,10 +47,15 @@ class Opening(msgspec.Struct, tag="opening", array_like=True):
 
 
 class Refusal(msgspec.Struct, tag="refusal", array_like=True):
-    """The only frame of a group that was not accepted. None of its members has started: any other replica may."""
+    """The only frame of a group that was not accepted. None of its members has started: any other replica may.
+
+    `fingerprint`: the replica's own, where it is not the one that was asked for. `is_full`: that is the only reason.
+    """
 
     reason: str
-    is_full: bool = False  # it may accept another one soon
+    replica_id: str
+    fingerprint: str = ""
+    is_full: bool = False
 
 
 class MemberOutput(msgspec.Struct, array_like=True):

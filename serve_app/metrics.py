@@ -15,6 +15,7 @@ from ray.serve import metrics
 from engine.request import FinishReason
 from engine.stats import EngineStats, RemoteStats, SpeculationStats
 from serve_app.errors import Overload, TimeLimit
+from serve_app.failover import Loss
 
 logger = logging.getLogger("ray.serve")
 
@@ -209,6 +210,22 @@ REQUEST_REJECTED = MetricSpec(
 REQUEST_TIMED_OUT = MetricSpec(
     MetricKind.COUNTER, "request_timed_out", "Requests whose time was over, by which.", tag_keys=("limit",)
 )
+STREAM_ATTEMPTS = MetricSpec(
+    MetricKind.COUNTER, "stream_attempts", "Requests sent to an engine replica, those sent again among them."
+)
+RESUMED_STREAMS = MetricSpec(
+    MetricKind.COUNTER,
+    "resumed_streams",
+    "Requests that have lost their engine replica and go on elsewhere, by why.",
+    tag_keys=("reason",),
+)
+RECOVERY_TIME = MetricSpec(
+    MetricKind.HISTOGRAM,
+    "recovery_time_seconds",
+    "From the last frame of an engine replica that was lost to a request's next token.",
+    seconds_buckets(-2, 4),
+)
+STALE_FRAMES = MetricSpec(MetricKind.COUNTER, "stale_frames", "Frames of earlier attempts, which were dropped.")
 INGRESS_METRICS = (
     TIME_TO_FIRST_TOKEN,
     INTER_TOKEN_LATENCY,
@@ -216,13 +233,21 @@ INGRESS_METRICS = (
     REQUEST_SUCCESS,
     REQUEST_REJECTED,
     REQUEST_TIMED_OUT,
+    STREAM_ATTEMPTS,
+    RESUMED_STREAMS,
+    RECOVERY_TIME,
+    STALE_FRAMES,
 )
 
 
 class IngressMetrics:
-    """The AnswerObserver of one ingress replica."""
+    """The AnswerObserver and the FailoverObserver of one ingress replica."""
 
     def __init__(self) -> None:
+        self._attempts = Metric(STREAM_ATTEMPTS)
+        self._resumed = Metric(RESUMED_STREAMS)
+        self._recovery = Metric(RECOVERY_TIME)
+        self._stale = Metric(STALE_FRAMES)
         self._first_token = Metric(TIME_TO_FIRST_TOKEN)
         self._inter_token = Metric(INTER_TOKEN_LATENCY)
         self._whole = Metric(E2E_REQUEST_LATENCY)
@@ -235,6 +260,18 @@ class IngressMetrics:
 
     def on_later_tokens(self, seconds: float) -> None:
         self._inter_token.record(seconds)
+
+    def on_attempt(self, num_streams: int) -> None:
+        self._attempts.record(num_streams)
+
+    def on_lost(self, loss: Loss, num_streams: int) -> None:
+        self._resumed.record(num_streams, {"reason": loss.value})
+
+    def on_recovered(self, seconds: float) -> None:
+        self._recovery.record(seconds)
+
+    def on_stale_frame(self) -> None:
+        self._stale.record(1)
 
     def on_end(self, reason: FinishReason, seconds: float) -> None:
         self._success.record(1, {"finish_reason": reason.value})

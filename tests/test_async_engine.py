@@ -152,7 +152,7 @@ def test_a_broken_engine_ends_every_stream_and_shows_in_its_health(
     except EngineDeadError:
         collector.outputs.pop("b")
     collector.wait()
-    assert collector.reason("a") is FinishReason.ERROR
+    assert collector.reason("a") is FinishReason.ABORT  # another engine may go on with it
     assert "an invariant is broken" in str(collector.outputs["a"][-1].error)
     engine._thread.join(TIMEOUT_S)
     with pytest.raises(EngineDeadError, match="an invariant is broken"):

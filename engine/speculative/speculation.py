@@ -13,9 +13,10 @@ from engine.speculative.proposer import DraftOrder, Proposer, ReportingProposer
 from engine.speculative.step_times import StepTimes
 from engine.stats import SpeculationStats
 
-MAX_ADAPTIVE_TOKENS = 8  # draft tokens of a request in a step: past that even an acceptance of 0.8 gains 0.1 tokens
 LIKELY_AT_BEST = 0.95  # acceptance of a batch of which nothing is known yet but that drafts may pay
-DECIDED_FOR = 32  # steps for which it stands that drafts cannot pay for so many requests
+DECIDED_FOR = 32  # steps for which it stands whether drafts can pay for so many requests
+PLANNING_SHARE = 0.02  # of the time, at most: planning takes 0.1 to 0.5 ms, a step of a small model 0.4 ms
+LONGEST_PLAN = 32  # steps
 NEGLIGIBLE = 0.01  # of a step: drafting that takes less counts as free
 
 
@@ -30,21 +31,27 @@ class Speculation:
     def __init__(
         self,
         proposer: Proposer,
-        num_draft_tokens: int | None,
+        num_draft_tokens: int,
         max_draft_tokens: int,
         padded_sizes: Sequence[int] = (),
+        *,
+        always: bool = False,
     ) -> None:
-        """num_draft_tokens: of each request in each step; None chooses. max_draft_tokens: of all requests in a step.
-        padded_sizes: the row counts that the device's steps are padded to; empty if they are not."""
+        """num_draft_tokens: at most, of each request in each step. max_draft_tokens: of all requests in a step.
+        padded_sizes: the row counts that the device's steps are padded to; empty if they are not. always: have
+        `num_draft_tokens` in each step, whether they pay or not."""
         self.proposer = proposer
         self._num_draft_tokens = num_draft_tokens
+        self._always = always
         self._max_draft_tokens = max_draft_tokens
         self._plain_times = StepTimes(padded_sizes)
         self._drafted_times = StepTimes(padded_sizes)
         self._drafting_times = StepTimes()  # for one token more of so many requests
         self._overall = AcceptanceEstimate()
         self._estimates: dict[Request, tuple[AcceptanceEstimate, int]] = {}  # with the tokens that it has seen
-        self._unpaid_until: dict[int, int] = {}  # number of requests for which drafts cannot pay: until which step
+        self._verdicts: dict[int, tuple[bool, int]] = {}  # for so many requests: may drafts pay? Until which step
+        self._plan: dict[Request, int] = {}
+        self._planned_until = 0  # which step
         self._num_steps = 0
         self._reporting = proposer if isinstance(proposer, ReportingProposer) else None
         self._num_rounds = 0
@@ -90,6 +97,7 @@ class Speculation:
     def forget(self, request: Request) -> None:
         """The request has ended."""
         self._estimates.pop(request, None)
+        self._plan.pop(request, None)
         self.proposer.forget(request)
 
     def close(self) -> None:
@@ -101,7 +109,7 @@ class Speculation:
 
     def _choose(self, requests: Sequence[Request], num_coming_tokens: int = 0) -> list[int]:
         """How many drafts to order for each of these, behind so many tokens that are on their way."""
-        if self._num_draft_tokens is None and not self._may_pay(len(requests)):
+        if not self._always and not self._may_pay(len(requests)):
             return [0] * len(requests)
         # A token is chosen behind the drafts in any case.
         limits = [r.max_output_tokens - len(r.output_token_ids) - num_coming_tokens - 1 for r in requests]
@@ -109,30 +117,44 @@ class Speculation:
             limit if limit > 0 and self.proposer.may_propose(request) else 0
             for request, limit in zip(requests, limits, strict=True)
         ]
-        if self._num_draft_tokens is not None:
+        if self._always:
             return [min(self._num_draft_tokens, limit) for limit in limits]
+        return list(map(min, self._planned(requests, limits), limits))
+
+    def _planned(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+        """As a plan says that is still good, or a new one. It is good for as long as makes planning cheap."""
+        if self._num_steps < self._planned_until:
+            counts = [self._plan.get(request) if limit else 0 for request, limit in zip(requests, limits, strict=True)]
+            if None not in counts:
+                return counts  # type: ignore[return-value]
+        started = perf_counter()
         acceptance = [
             self._estimate(request).probability if limit else 0.0
             for request, limit in zip(requests, limits, strict=True)
         ]
-        return list(map(min, self._best_counts(acceptance), limits))
+        best = self._best_counts(acceptance)
+        self._plan = {request: count for request, count, limit in zip(requests, best, limits, strict=True) if limit}
+        step_s = self._plain_times(len(requests)) or float("inf")
+        num_steps = (perf_counter() - started) / (PLANNING_SHARE * step_s)
+        self._planned_until = self._num_steps + min(int(num_steps), LONGEST_PLAN)
+        return best
 
     def _may_pay(self, num_requests: int) -> bool:
         """Whether drafts could make a step of so many requests faster, were they nearly always right.
 
         Where not, no more is to be asked about each of many requests, for some steps.
         """
-        if self._num_steps < self._unpaid_until.get(num_requests, 0):
-            return False
-        if num_requests and any(self._best_counts([LIKELY_AT_BEST] * num_requests)):
-            return True
-        self._unpaid_until[num_requests] = self._num_steps + (DECIDED_FOR if self._plain_times(1) is not None else 1)
-        return False
+        may_pay, until = self._verdicts.get(num_requests, (False, 0))
+        if self._num_steps >= until:
+            may_pay = num_requests > 0 and any(self._best_counts([LIKELY_AT_BEST] * num_requests))
+            num_steps = DECIDED_FOR if self._plain_times(1) is not None else 1
+            self._verdicts[num_requests] = may_pay, self._num_steps + num_steps
+        return may_pay
 
     def _best_counts(self, acceptance: Sequence[float]) -> list[int]:
         row_limit = len(acceptance) + self._max_draft_tokens
         drafting_s = None if self._drafting_is_free() else self._drafting_s
-        return choose_num_draft_tokens(acceptance, MAX_ADAPTIVE_TOKENS, row_limit, self._step_s, drafting_s)
+        return choose_num_draft_tokens(acceptance, self._num_draft_tokens, row_limit, self._step_s, drafting_s)
 
     def _step_s(self, num_rows: Ints) -> Floats | None:
         """Seconds of steps, the first of them without drafts."""

@@ -85,6 +85,11 @@ class Generation:
         self._timer = CallTimer(call, self._on_timeout)
 
     @property
+    def fingerprints(self) -> list[str]:
+        """Of the engines that the answer comes from up to now, each once."""
+        return list(dict.fromkeys(each for stream in self._streams for each in stream.fingerprints))
+
+    @property
     def usage(self) -> Usage:
         """Up to now."""
         firsts = self._choices[:: self._n]  # a prompt's other choices also find what the first has just computed

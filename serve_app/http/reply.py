@@ -35,13 +35,21 @@ class Reply:
     ) -> None:
         self._generation = generation
         self._shape = shape
-        self._head = {
+        self._default_fingerprint = system_fingerprint
+        self._fields = {
             "id": response_id,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": system_fingerprint,
             "seed": generation.seed,  # not in OpenAI's schema: the seed to send for the same answer again
         }
+
+    def _head(self) -> dict[str, Any]:
+        """What every body begins with. An answer that more than one kind of engine has a part in says so."""
+        fingerprints = self._generation.fingerprints
+        head = {**self._fields, "system_fingerprint": fingerprints[-1] if fingerprints else self._default_fingerprint}
+        if len(fingerprints) > 1:
+            head["system_fingerprints"] = fingerprints  # not in OpenAI's schema
+        return head
 
     async def answer(self, request: Request, *, stream: bool, include_usage: bool) -> Response:
         """The response; a stream's comes only once it has a first event, so that earlier errors have a status.
@@ -66,11 +74,11 @@ class Reply:
             async for delta in arriving:
                 deltas.setdefault(delta.index, []).append(delta)
         choices = [self._shape.choice(joined(index, deltas[index])) for index in sorted(deltas)]
-        head = {**self._head, "object": self._shape.object_name}
+        head = {**self._head(), "object": self._shape.object_name}
         return {**head, "choices": choices, "usage": self._generation.usage.body()}
 
     async def _events(self, request_id: str, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        head = {**self._head, "object": self._shape.chunk_object_name}
+        kind = {"object": self._shape.chunk_object_name}
         usage = {"usage": None} if include_usage else {}
         started = False
         try:
@@ -78,10 +86,10 @@ class Reply:
                 async for delta in deltas:
                     choice = self._shape.chunk(delta)
                     if choice is not None:
-                        yield event({**head, "choices": [choice], **usage})
+                        yield event({**self._head(), **kind, "choices": [choice], **usage})
                         started = True
             if include_usage:
-                yield event({**head, "choices": [], "usage": self._generation.usage.body()})
+                yield event({**self._head(), **kind, "choices": [], "usage": self._generation.usage.body()})
         except Exception as error:
             if not started:
                 raise

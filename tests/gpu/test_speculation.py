@@ -89,11 +89,11 @@ def test_no_token_is_another(scale: Scale, name: str, tmp_path: Path) -> None:
     outputs = {key: outcome.token_ids for key, outcome in exact.items()}
     engine = make_engine(path, scale, prefix_caching=True, max_draft_tokens=MAX_DRAFT_TOKENS)
     with proposer_of(name, path, scale, outputs) as proposer:
-        engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS)
+        engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS, always=True)
         engine._speculation._worth_waiting_s = lambda *_: 1.0  # type: ignore[method-assign]
         requests = make_requests(scale)
         drafted, peak = run_mixed(engine, requests, seed=2)
-    assert peak >= scale.max_num_seqs / 2
+    assert peak >= scale.max_num_seqs / 8  # drafted for, they leave sooner
     compare(scale, drafted, exact, requests)
     stats = engine.stats().speculation
     assert stats is not None

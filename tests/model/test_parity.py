@@ -1,5 +1,6 @@
 """Logits of every architecture against transformers, in float32."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,15 @@ def test_decoded_logits_with_chunked_prefill_and_prefix_hit(
     model, path = pair
     engine = make_engine(path, device, token_budget=64, max_prefill_chunk=37)
     recorded: list[torch.Tensor] = []
-    sample = engine._sampler.sample
+    launch = engine._runner.forward.launch
 
-    def recording_sample(logits: torch.Tensor, *rest: Any) -> Any:
-        recorded.extend(logits.cpu())
-        return sample(logits, *rest)
+    def recording_launch(chunks: Sequence[ScheduledChunk]) -> Any:
+        outcome = launch(chunks)
+        outcome.choices()  # waits
+        recorded.extend(outcome.logits.cpu())
+        return outcome
 
-    monkeypatch.setattr(engine._sampler, "sample", recording_sample)
+    monkeypatch.setattr(engine._runner.forward, "launch", recording_launch)
     prompt = torch.randint(0, 500, (150,), generator=torch.Generator().manual_seed(3)).tolist()
     sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=0)
     for name, num_cached in (("first", 0), ("again", 144)):

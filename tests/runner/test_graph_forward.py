@@ -94,7 +94,7 @@ def test_drafts(num_blocks: int, num_right: int | None, num_followed: list[int])
     requests = make_requests(30)
     outputs = {r.request_id: expected_output(r.prompt_token_ids, r.sampling.max_tokens) for r in requests}
     oracle = Pausing(outputs, VOCAB_SIZE - 1, num_right, coin=0.4)
-    engine, _ = make_engine(num_blocks, speculation=Speculation(oracle, 3, 20), max_draft_tokens=20)
+    engine, _ = make_engine(num_blocks, speculation=Speculation(oracle, 3, 20, always=True), max_draft_tokens=20)
     check(engine.generate(requests))
     engine.check_integrity()
     drafted = sum(request.num_drafted_tokens for request in requests)
@@ -113,7 +113,7 @@ def test_drafts_and_penalties() -> None:
 
     outputs = {r.request_id: r.output_token_ids for r in make_engine()[0].generate(make())}
     oracle = Pausing(outputs, VOCAB_SIZE - 1, 1, coin=0.5)
-    engine, _ = make_engine(speculation=Speculation(oracle, 3, 20), max_draft_tokens=20)
+    engine, _ = make_engine(speculation=Speculation(oracle, 3, 20, always=True), max_draft_tokens=20)
     requests = engine.generate(make())
     assert {r.request_id: r.output_token_ids for r in requests} == outputs
     assert all(request.num_accepted_tokens > 4 for request in requests)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from engine.request import FinishReason, Request, RequestOutput
 from engine.stats import EngineStats
 
-# A prompt that begins with one of these makes the engine do so; any other is answered.
+# A prompt that begins with one of these makes the engine do so; any other is answered. What CRASHES or DIES has done
+# so once: at its second attempt, the request is answered.
 FAILS, CRASHES, DIES, IS_FAST, IS_SILENT = range(11, 16)
 
 
@@ -26,9 +27,9 @@ def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0) -> li
     return [(sum(prompt_token_ids) + 1000 * choice_index + position) % 40_000 for position in range(count)]
 
 
-def load_fake_engine(_find_drafts: object) -> "FakeEngine":
+def load_fake_engine(_find_drafts: object, step_s: float = 0.002) -> "FakeEngine":
     """What bind() wants."""
-    return FakeEngine()
+    return FakeEngine(step_s)
 
 
 class FakeEngine:
@@ -44,7 +45,7 @@ class FakeEngine:
         self._num_steps = 0
 
     def add(self, request: Request) -> None:
-        self._running[request.request_id] = _Running(request)
+        self._running[request.request_id] = _Running(request, len(request.output_token_ids))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         known = self._running.pop(request_id, None)
@@ -75,9 +76,10 @@ class FakeEngine:
         kind = running.prompt_kind
         if running.num_output_tokens == 2 and kind == FAILS:
             return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error="the logits are not numbers")
-        if running.num_output_tokens == 2 and kind == CRASHES:
+        is_first = "#" not in request_id
+        if running.num_output_tokens == 2 and is_first and kind == CRASHES:
             raise RuntimeError("the device is gone")
-        if running.num_output_tokens == 2 and kind == DIES:
+        if running.num_output_tokens == 2 and is_first and kind == DIES:
             os._exit(1)
         count = request.sampling.max_tokens if kind == IS_FAST else 1
         tokens = answer(request.prompt_token_ids, running.num_output_tokens + count, request.choice_index)

@@ -82,6 +82,21 @@ def test_a_draft_of_another_vocabulary_is_refused_with_both_names(
         app({**arguments, "speculative": "local"})
 
 
+def test_the_default_models_draft_is_for_it_and_for_no_other(
+    default_model_path: Path,  # noqa: ARG001 - fetched before
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_model(parse_config({"device": "cpu", "speculative": "remote"}))
+    with pytest.raises(ModelError, match=r"smollm2-135m-draft: there is neither tokenizer\.json nor tokenizer\.model$"):
+        check_model(parse_config({"device": "cpu", "model": "smollm2-135m-draft"}))
+    monkeypatch.setattr("engine.tokenizer.load_tokenizer", lambda _: None)
+    other = {"device": "cpu", "model": str(write_tiny_model(tmp_path)), "draft_model": "smollm2-135m-draft"}
+    for method in ("local", "remote"):
+        with pytest.raises(RayServeException, match="draft model smollm2-135m-draft has a vocabulary of 49152 tokens"):
+            app({**other, "speculative": method})
+
+
 def test_a_draft_without_a_tokenizer_is_taken_at_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.tokenizer.load_tokenizer", no_tokenizer)
     config = parse_config(speculating(tmp_path))

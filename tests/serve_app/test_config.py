@@ -20,6 +20,7 @@ from engine.config import (
 )
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
+from serve_app.failover import FailoverPolicy
 from serve_app.time_limits import TimeLimits
 
 MODEL = ModelConfig(
@@ -85,8 +86,19 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     service |= {"max_waiting_requests", "queue_timeout_s", "request_timeout_s"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
     placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
+    scaling = {"min_replicas", "max_replicas", "target_queue_depth"}
+    placement |= {prefix + name for prefix in ("", "draft_", "ingress_") for name in scaling}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
-    assert set(AppConfig.model_fields) == engine | service | placement | speculation
+    failover = {"failover_timeout_s", "failover_across_fingerprints"}
+    assert set(AppConfig.model_fields) == engine | service | placement | speculation | failover
+
+
+def test_failover_policy() -> None:
+    assert parse_config({}).failover_policy == FailoverPolicy(timeout_s=60.0, across_fingerprints=False)
+    config = parse_config({"failover_timeout_s": "2.5", "failover_across_fingerprints": "true"})
+    assert config.failover_policy == FailoverPolicy(timeout_s=2.5, across_fingerprints=True)
+    with pytest.raises(ConfigError, match="failover_timeout_s must be a number of seconds above 0"):
+        parse_config({"failover_timeout_s": "0"})
 
 
 def test_time_limits() -> None:
@@ -136,6 +148,10 @@ def test_unknown_name_lists_what_is_accepted() -> None:
         ("num_draft_tokens", True, "adaptive or a whole number from 1 to 16"),
         ("draft_model", "", "none, or like model"),
         ("draft_replicas", "0", "a whole number of at least 1"),
+        ("min_replicas", "-1", "none or a whole number of at least 0"),
+        ("max_replicas", "0", "none or a whole number of at least 1"),
+        ("ingress_min_replicas", "0", "none or a whole number of at least 1"),
+        ("target_queue_depth", "0", "none or a number above 0"),
         ("draft_num_gpus", "0", "none, a number below 0.5"),
     ],
 )
@@ -174,7 +190,7 @@ def test_speculation_reaches_the_engine() -> None:
     assert ngram.speculative == SpeculativeConfig(SpeculativeMethod.NGRAM, num_draft_tokens=5)
     assert ngram.scheduler.max_draft_tokens == 256
     single = parse_config({"device": "cpu", "speculative": "ngram", "max_num_seqs": "1"}).engine_config(MODEL)
-    assert (single.speculative.num_draft_tokens, single.scheduler.max_draft_tokens) == (None, 16)
+    assert (single.speculative.num_draft_tokens, single.scheduler.max_draft_tokens) == (8, 16)
     local = parse_config({"device": "cpu", "speculative": "local", "draft_model": "d"})
     path = Path("/models/d")
     assert local.engine_config(MODEL, path).speculative == SpeculativeConfig(
@@ -182,6 +198,15 @@ def test_speculation_reaches_the_engine() -> None:
     )
     remote = parse_config({"device": "cpu", "speculative": "remote", "draft_model": "d"})
     assert remote.engine_config(MODEL).speculative == SpeculativeConfig(SpeculativeMethod.REMOTE)
+
+
+def test_the_catalogues_draft_is_used_where_none_is_named() -> None:
+    for method in ("local", "remote"):
+        assert parse_config({"speculative": method}).draft_model == "smollm2-135m-draft"
+        assert parse_config({"speculative": method, "draft_model": "none"}).draft_model == "smollm2-135m-draft"
+        assert parse_config({"speculative": method, "draft_model": "d"}).draft_model == "d"
+    for method in ("off", "ngram"):
+        assert parse_config({"speculative": method}).draft_model is None
 
 
 def test_a_remote_draft_has_a_record_of_its_own() -> None:
@@ -220,11 +245,15 @@ def test_engine_and_draft_share_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"speculative": "remote"}, "speculative=remote needs a draft_model"),
-        ({"speculative": "local", "draft_model": "none"}, "speculative=local needs a draft_model"),
+        (
+            {"speculative": "remote", "model": "qwen3-0.6b"},
+            "speculative=remote needs a draft_model for qwen3-0.6b; the catalogue has one for smollm2-135m$",
+        ),
+        ({"speculative": "local", "model": "m", "draft_model": "none"}, "speculative=local needs a draft_model for m;"),
         ({"draft_model": "d"}, "draft_model=d does nothing with speculative=off: set speculative to local or remote"),
         ({"draft_model": "d", "speculative": "ngram"}, "draft_model=d does nothing with speculative=ngram"),
         ({"num_draft_tokens": "3"}, "num_draft_tokens does nothing with speculative=off"),
+        ({"draft_max_replicas": "2"}, "draft_max_replicas is for speculative=remote, not off"),
         ({"draft_replicas": "2"}, "draft_replicas is for speculative=remote, not off"),
         ({"draft_num_cpus": "2", "speculative": "ngram"}, "draft_num_cpus is for speculative=remote, not ngram"),
         (

@@ -92,7 +92,7 @@ def test_drafts_are_used_while_their_beginning_agrees(pair: tuple[ScriptedDraft,
 
 def test_the_engine_reports_how_it_goes(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
     _, proposer = pair
-    remote = Speculation(proposer, None, 16).stats().remote
+    remote = Speculation(proposer, 4, 16).stats().remote
     assert remote == proposer.stats()
     assert remote.is_connected
 

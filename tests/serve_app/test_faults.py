@@ -17,22 +17,28 @@ from engine.stats import EngineStats
 from serve_app.app import bind, load_served_model
 from serve_app.config import parse_config
 from serve_app.engine_client import EngineClient
+from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
-from serve_app.messages import SubmittedPrompt
+from serve_app.messages import Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
 from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
+from tests.serve_app.fake_replicas import Told
 
 APPLICATION = "scripted"
 MAX_QUEUED = 8
 pytestmark = pytest.mark.timeout(180)
 
 
+def deploy(step_s: float = 0.002) -> None:
+    config = parse_config({"device": "cpu", "engine_replicas": 2, "max_queued_requests": MAX_QUEUED})
+    application = bind(config, partial(load_fake_engine, step_s=step_s), partial(load_served_model, config))
+    serve.run(application, name=APPLICATION, route_prefix=f"/{APPLICATION}")
+
+
 @pytest.fixture(scope="module")
 def url(serve_cluster: str, default_model_path: Path) -> Iterator[str]:  # noqa: ARG001 - replicas find it in the cache
-    config = parse_config({"device": "cpu", "engine_replicas": 2, "max_queued_requests": MAX_QUEUED})
-    application = bind(config, load_fake_engine, partial(load_served_model, config))
-    serve.run(application, name=APPLICATION, route_prefix=f"/{APPLICATION}")
+    deploy()
     yield f"{serve_cluster}/{APPLICATION}/v1/completions"
     if APPLICATION in serve.status().applications:
         serve.delete(APPLICATION)
@@ -180,6 +186,19 @@ def test_call_to_a_replica_that_has_left_fails_at_once(url: str) -> None:  # noq
     with_client(test)
 
 
+def test_a_replica_refuses_to_continue_the_answer_of_another_kind(url: str) -> None:  # noqa: ARG001
+    prompt = SubmittedPrompt([5, 5], SamplingParams(seed=1), [("continued#1", 0)], outputs=[[7]])
+    handle = serve.get_deployment_handle("engine", APPLICATION).options(method_name="generate", stream=True)
+    frames = [decode_frame(data) for data in handle.remote(encode(Submission("group", 1, [prompt], "fp_other")))]
+    assert len(frames) == 1
+    assert isinstance(frames[0], Refusal)
+    assert (frames[0].fingerprint, "fp_other" in frames[0].reason) == ("fp_fake", True)
+    first, *_ = handle.remote(encode(Submission("group", 1, [prompt], "fp_fake")))
+    opening = decode_frame(first)
+    assert isinstance(opening, Opening)
+    assert opening.attempt == 1
+
+
 def test_failed_request_leaves_its_siblings_alone(url: str) -> None:
     with ThreadPoolExecutor() as pool:
         failing = pool.submit(httpx.post, url, json=body(FAILS), timeout=30)
@@ -214,11 +233,21 @@ def test_more_choices_than_the_queue_holds_is_the_clients_mistake(url: str) -> N
 
 
 @pytest.mark.parametrize("fault", [CRASHES, DIES])
-def test_broken_engine_ends_its_streams_and_is_replaced(url: str, fault: int) -> None:
+def test_a_stream_outlives_its_engine_which_is_replaced(url: str, fault: int) -> None:
     """CRASHES ends the engine's thread, DIES the whole process."""
-    with httpx.stream("POST", url, json=body(fault, stream=True), timeout=30) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert '"error"' in lines[-1] or '"error"' in lines[-2]
+
+    async def test(client: EngineClient) -> None:
+        await replicas_known(client, 2)
+        broken, beside = placed(client, [fault, 100], 300), placed(client, [5, 100], 300)
+        client.submit([broken])
+        client.submit([beside])
+        for member, prompt in ((broken, [fault, 100]), (beside, [5, 100])):
+            outputs = await read_all(member.streams[0])
+            assert tokens_of(outputs) == answer(prompt, 300)
+            assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert broken.attempt == 1
+
+    with_client(test)
     for _ in range(6):  # the other replica serves meanwhile
         assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
 
@@ -229,6 +258,33 @@ def test_broken_engine_ends_its_streams_and_is_replaced(url: str, fault: int) ->
     wait_until(lambda: not both_are_well(), 30)
     wait_until(both_are_well, 60)
     assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
+
+
+def test_streams_move_from_replicas_that_are_updated(url: str) -> None:  # noqa: ARG001
+    """Nobody waits for the ends of streams that take longer than a drain may."""
+
+    async def test(client: EngineClient) -> None:
+        told = client._observer = Told()
+        await replicas_known(client, 2)
+        before = set(client.running_replicas())
+        prompts = [[5, place] for place in range(4)]
+        members = [placed(client, prompt, 20_000) for prompt in prompts]
+        client.submit(members)
+        begun = [await anext(member.streams[0]) for member in members]
+        started_s = time.monotonic()
+        await asyncio.to_thread(deploy, 0.001)
+        assert time.monotonic() - started_s < 30  # Serve kills what has not ended by then
+        assert not before & set(client.running_replicas())
+        moved = sum(num_streams for loss, num_streams in told.losses if loss is Loss.LEFT)
+        assert moved >= len(members)
+        assert len(told.losses) == sum(loss is Loss.LEFT for loss, _ in told.losses)
+        for member, prompt, first in zip(members, prompts, begun, strict=True):
+            member.streams[0].abort()
+            tokens = tokens_of([first, *await read_all(member.streams[0])])
+            assert tokens == answer(prompt, len(tokens))
+
+    with_client(test)
+    wait_until(lambda: num_running() == 0)
 
 
 def test_running_stream_ends_well_when_the_application_is_deleted(url: str) -> None:

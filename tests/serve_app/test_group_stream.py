@@ -68,6 +68,18 @@ def test_requests_of_a_submission() -> None:
     ]
 
 
+def test_a_later_attempt_goes_on_where_the_last_one_ended() -> None:
+    sampling = SamplingParams(seed=1)
+    prompts = [
+        SubmittedPrompt([1, 2], sampling, [("a#1", 0), ("b#1", 1)], outputs=[[8, 9], []], waited_s=100.0),
+        SubmittedPrompt([3], sampling, [("c#1", 0)]),
+    ]
+    begun, untouched, new = requests_of(Submission("g", 1, prompts))
+    assert [r.output_token_ids for r in (begun, untouched, new)] == [[8, 9], [], []]
+    assert (begun.num_prompt_tokens, begun.num_tokens) == (2, 4)
+    assert new.arrival_s - begun.arrival_s == 100.0  # it has its turn before those that came later
+
+
 def test_one_frame_for_all_outputs_of_a_step() -> None:
     async def test(group: GroupStream, reader: Reader) -> None:
         group.add([output(0, 10), output(1, 20)])
@@ -156,17 +168,17 @@ def test_silent_reader_loses_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
-def test_fail_ends_what_still_runs_and_later_outputs_are_void() -> None:
+def test_abandoning_ends_what_still_runs_and_later_outputs_are_void() -> None:
     async def test(group: GroupStream, reader: Reader) -> None:
         group.add([output(0, 10, FinishReason.STOP)])
-        group.fail("the engine is gone")
+        group.abandon("the engine is gone")
         group.add([output(1, 20)])
         await reader.settle()
         assert reader.ended
         frame = reader.frames[-1]
         assert isinstance(frame, TokenFrame)
         reasons = {member.member: (member.finish_reason, member.error) for member in frame.outputs}
-        assert reasons == {0: (FinishReason.STOP, None), 1: (FinishReason.ERROR, "the engine is gone")}
+        assert reasons == {0: (FinishReason.STOP, None), 1: (FinishReason.ABORT, "the engine is gone")}
         assert reader.tokens(1) == []
 
     run(test)

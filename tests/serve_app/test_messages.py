@@ -52,7 +52,7 @@ def test_output_round_trip(output: RequestOutput) -> None:
 
 @pytest.mark.parametrize(
     "frame",
-    [messages.Opening("replica", 2, "fp"), messages.Refusal("full"), messages.Heartbeat(4, 1)],
+    [messages.Opening("replica", 2, "fp"), messages.Refusal("full", "replica"), messages.Heartbeat(4, 1)],
 )
 def test_frame_round_trip(frame: messages.Frame) -> None:
     assert messages.decode_frame(messages.encode(frame)) == frame

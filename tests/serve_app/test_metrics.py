@@ -14,6 +14,7 @@ from engine.stats import EngineStats, RemoteStats, SpeculationStats
 from serve_app import engine_deployment, metrics
 from serve_app.engine_deployment import Engine
 from serve_app.errors import Overload, TimeLimit
+from serve_app.failover import Loss
 from serve_app.messages import Heartbeat, Opening, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.metrics import EngineMetrics, IngressMetrics, seconds_buckets
 from tests.serve_app.fake_engine import IS_SILENT, FakeEngine
@@ -164,6 +165,11 @@ def test_ingress_metrics(ray: FakeRay) -> None:
         observer.on_end(reason, 2.0)
     observer.on_rejected(Overload.KEY_LIMIT, 3)
     observer.on_timed_out(TimeLimit.QUEUE, 2)
+    observer.on_attempt(8)
+    observer.on_lost(Loss.SILENT, 3)
+    observer.on_lost(Loss.LEFT, 1)
+    observer.on_recovered(1.5)
+    observer.on_stale_frame()
     assert ray.values == {
         "time_to_first_token_seconds": [0.5],
         "inter_token_latency_seconds": [0.01],
@@ -174,6 +180,11 @@ def test_ingress_metrics(ray: FakeRay) -> None:
         "request_success error": [1],
         "request_rejected key_limit": [3],
         "request_timed_out queue": [2],
+        "stream_attempts": [8],
+        "resumed_streams silent": [3],
+        "resumed_streams left": [1],
+        "recovery_time_seconds": [1.5],
+        "stale_frames": [1],
     }
     ray.failing = {"time_to_first_token_seconds"}
     observer.on_first_token(0.5)  # an answer does not fail for it

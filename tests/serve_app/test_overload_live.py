@@ -104,7 +104,7 @@ def test_a_full_engine_is_429_and_takes_requests_again(url: str) -> None:
         refused = post(url, IS_FAST, "C")
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "overloaded"
-        assert "the engine has 8 requests already" in refused.json()["error"]["message"]
+        assert "the engine replicas are full" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) >= 1
         assert [future.result().status_code for future in silent] == [429, 429]
     wait_until(lambda: stats_of(SCRIPTED).num_requests_running == 0)

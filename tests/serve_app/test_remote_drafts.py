@@ -45,7 +45,7 @@ def server_of(path: Path) -> Iterator[DraftServer]:
 def speculating(path: Path, endpoints: list[Endpoint]) -> Iterator[tuple[LLMEngine, RemoteProposer]]:
     proposer = RemoteProposer(lambda _: list(endpoints), NgramProposer(), vocab_size=320, target_name="target")
     engine = make_engine(path)
-    engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, 100)
+    engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, 100, always=True)
     # As long as it takes: what is tested is what is drafted, on a machine of any speed.
     engine._speculation._worth_waiting_s = lambda *_: 5.0  # type: ignore[method-assign]
     try:

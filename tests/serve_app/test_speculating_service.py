@@ -14,7 +14,6 @@ from serve_app import app
 from serve_app.app import DRAFT_DEPLOYMENT
 from serve_app.draft_endpoints import decode_endpoint
 from tests.conftest import SERVICE_ARGUMENTS, Service
-from tests.tiny_models import write_tiny_model
 
 APPLICATION = "speculating"
 PROMPT = "Count: one two three four five one two three four five one two"
@@ -27,10 +26,9 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def speculating(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The default model, and random weights that draft for it: most drafts are wrong. The n-gram drafts are better."""
-    draft = write_tiny_model(tmp_path_factory.mktemp("draft"), vocab_size=49152, tie_word_embeddings=True)
-    arguments = {"speculative": "remote", "draft_model": str(draft), "num_draft_tokens": 3}
+def speculating(service: Service) -> Iterator[Service]:
+    """The default model with the draft model that ships for it."""
+    arguments = {"speculative": "remote", "num_draft_tokens": 3}
     serve.run(app(SERVICE_ARGUMENTS | arguments), name=APPLICATION, route_prefix=f"/{APPLICATION}")
     yield Service(f"{service.url}/{APPLICATION}", APPLICATION)
     serve.delete(APPLICATION)

@@ -234,7 +234,7 @@ def test_a_local_draft_model(path: Path, tmp_path: Path, same: bool) -> None:
     expected = run(make_engine(path), make_requests())
     drafter = drafter_of(path if same else write_tiny_model(tmp_path, seed=9))
     engine = make_engine(path)
-    engine._speculation = Speculation(LocalProposer(drafter), 4, 100)
+    engine._speculation = Speculation(LocalProposer(drafter), 4, 100, always=True)
     requests = make_requests()
     assert run(engine, requests) == expected
     assert drafter.num_mirrors == 0
@@ -250,7 +250,7 @@ def test_a_local_draft_model(path: Path, tmp_path: Path, same: bool) -> None:
 def test_requests_that_end_are_forgotten(path: Path) -> None:
     drafter = drafter_of(path)
     engine = make_engine(path)
-    engine._speculation = Speculation(LocalProposer(drafter), 3, 100)
+    engine._speculation = Speculation(LocalProposer(drafter), 3, 100, always=True)
     sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     for name in "abc":
         engine.add(Request(name, [5, 6, 7], sampling))

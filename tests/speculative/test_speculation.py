@@ -30,11 +30,12 @@ class Simulation:
         acceptance: Sequence[float],
         step_s: StepTime,
         drafting_s: float = 0.0,
-        num_draft_tokens: int | None = None,
+        num_draft_tokens: int = 8,
+        always: bool = False,
     ) -> None:
         self.clock = Clock()
         self.step_s, self.drafting_s = step_s, drafting_s
-        self.speculation = Speculation(self, num_draft_tokens, 256)
+        self.speculation = Speculation(self, num_draft_tokens, 256, always=always)
         sampling = SamplingParams(max_tokens=10**6, seed=0)
         self.requests = [Request(str(i), [1, 2, 3], sampling) for i in range(len(acceptance))]
         self.acceptance = dict(zip(self.requests, acceptance, strict=True))
@@ -137,6 +138,29 @@ def test_drafting_that_takes_too_long_is_left(simulate: Callable[..., Simulation
     assert not slow.speculation.waits_for(slow.requests)
 
 
+def test_planning_takes_its_share_of_the_time(
+    simulate: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of a step for each plan, which is therefore good for many steps; a new request is planned for at once."""
+    simulation = simulate([0.8, 0.8], flat)
+    late = simulation.requests.pop()
+    plan, planned = module.choose_num_draft_tokens, []
+
+    def slow_plan(acceptance: Sequence[float], *rest: object) -> list[int]:
+        planned.append(len(acceptance))
+        simulation.clock.now_s += 3e-4
+        return plan(acceptance, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "choose_num_draft_tokens", slow_plan)
+    simulation.rate(50)
+    planned.clear()
+    assert simulation.rate(300) > 3.4e3
+    assert 10 < len(planned) < 40
+    simulation.requests.append(late)
+    simulation.step()
+    assert planned[-1] == 2
+
+
 def test_each_request_by_its_own_acceptance(simulate: Callable[..., Simulation]) -> None:
     """Rows cost something: those go where they are accepted."""
     simulation = simulate([0.9, 0.05], lambda rows, _: 1e-3 + 1e-4 * rows)
@@ -169,7 +193,7 @@ def test_who_has_nothing_to_propose_is_not_asked(simulate: Callable[..., Simulat
 
 
 def test_no_drafts_past_the_last_token(simulate: Callable[..., Simulation]) -> None:
-    simulation = simulate([0.0], flat, num_draft_tokens=4)
+    simulation = simulate([0.0], flat, num_draft_tokens=4, always=True)
     (request,) = simulation.requests
     seen = []
     for left in (7, 5, 4, 2, 1):
@@ -192,7 +216,7 @@ class ReportingSimulation(Simulation):
 
     def __init__(self, remote: RemoteStats) -> None:
         self.remote = remote
-        super().__init__([0.5], lambda *_: 1e-3, num_draft_tokens=2)
+        super().__init__([0.5], lambda *_: 1e-3, num_draft_tokens=2, always=True)
 
     def stats(self) -> RemoteStats:
         return self.remote

@@ -44,15 +44,15 @@ FORMATS = [{}, {"quantization": Quantization.INT8, "kv": KVCacheDType.INT8}, {"q
 
 
 @pytest.mark.parametrize("formats", FORMATS)
-@pytest.mark.parametrize("num_draft_tokens", [None, 3])
+@pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("method", [SpeculativeMethod.NGRAM, SpeculativeMethod.LOCAL])
 def test_every_format_and_method(
-    tmp_path: Path, method: SpeculativeMethod, num_draft_tokens: int | None, formats: dict[str, object]
+    tmp_path: Path, method: SpeculativeMethod, always: bool, formats: dict[str, object]
 ) -> None:
     path = write_tiny_model(tmp_path / "target", tie_word_embeddings=True)
     draft = path if method is SpeculativeMethod.LOCAL else None
     start_up = StartUp()
-    engine = start(path, SpeculativeConfig(method, num_draft_tokens, draft), start_up, **formats)
+    engine = start(path, SpeculativeConfig(method, 3, draft, always), start_up, **formats)
     assert (Phase.DRAFT in start_up.seconds) == (method is SpeculativeMethod.LOCAL)
     plain = start(path, SpeculativeConfig(), **formats)
     assert plain.stats().speculation is None
@@ -60,7 +60,7 @@ def test_every_format_and_method(
         assert run(engine, requests) == run(plain, expected)
     stats = engine.stats().speculation
     assert stats is not None
-    if num_draft_tokens is not None:  # else it is a matter of time
+    if always:  # else it is a matter of time
         assert stats.num_drafted_tokens > 100
         assert stats.num_accepted_tokens > 50
 
@@ -68,6 +68,6 @@ def test_every_format_and_method(
 def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     path, other = write_tiny_model(tmp_path / "target"), write_tiny_model(tmp_path / "other", vocab_size=300)
     with pytest.raises(ConfigError, match=r"other has a vocabulary of 300 tokens and its target one of 320"):
-        start(path, SpeculativeConfig(SpeculativeMethod.LOCAL, None, other))
+        start(path, SpeculativeConfig(SpeculativeMethod.LOCAL, draft_model_path=other))
     with pytest.raises(ModelError):
-        start(path, SpeculativeConfig(SpeculativeMethod.LOCAL, None, tmp_path / "nowhere"))
+        start(path, SpeculativeConfig(SpeculativeMethod.LOCAL, draft_model_path=tmp_path / "nowhere"))

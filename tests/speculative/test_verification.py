@@ -30,7 +30,7 @@ def make_engine(path: Path, num_blocks: int = 400, proposer: Proposer | None = N
     )
     engine = LLMEngine.from_path(path, config)
     if proposer is not None:
-        engine._speculation = Speculation(proposer, 4, 100)
+        engine._speculation = Speculation(proposer, 4, 100, always=True)
     return engine
 
 

@@ -235,7 +235,7 @@ def test_a_trained_draft_serves_the_engine(target: Path, samples: list[Sample], 
     sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=30, ignore_eos=True)
     prompts = [list(sample.token_ids) for sample in samples[:6]]
     outputs = []
-    for speculative in (None, SpeculativeConfig(SpeculativeMethod.LOCAL, 4, directory)):
+    for speculative in (None, SpeculativeConfig(SpeculativeMethod.LOCAL, 4, directory, always=True)):
         for choice in (sampling, replace(sampling, temperature=0.0)):
             engine = start(target, speculative)
             requests = engine.generate([Request(str(i), ids, choice) for i, ids in enumerate(prompts)])

@@ -26,7 +26,7 @@ from slipstream_cli.model import MODEL_HELP, open_model, progress_bars
 from tools.distil_draft.card import COLUMNS, model_card, table_row
 from tools.distil_draft.draft_directory import copy_draft
 from tools.distil_draft.evaluate import NUM_DRAFT_TOKENS, evaluate
-from tools.distil_draft.generate import generate
+from tools.distil_draft.generate import cache_for, generate
 from tools.distil_draft.initial import Initial
 from tools.distil_draft.llama import DraftShape
 from tools.distil_draft.prompts import Split, digest, draw_prompts
@@ -63,7 +63,7 @@ def generate_samples(
     samples: Annotated[int, typer.Option(help="the most answers, those that are there included")] = 200_000,
     num_prompts: Annotated[
         int, typer.Option(help="different prompts; more answers are further ones to these")
-    ] = 12_000,
+    ] = 40_000,
     max_tokens: Annotated[int, typer.Option(help="of one answer")] = 256,
     width: Annotated[int | None, typer.Option(help="answers at once; left out: 256 on a GPU, 32 on a CPU")] = None,
     seed: Seed = 0,
@@ -75,7 +75,8 @@ def generate_samples(
     settings = {"target": checkpoint.fingerprint, "seed": seed, "prompts": digest(drawn), "max_tokens": max_tokens}
     store = SampleStore(work / SAMPLES, settings)
     limits = SchedulerConfig(max_num_seqs=width, max_model_len=MAX_PROMPT_TOKENS + max_tokens)
-    engine = LLMEngine.from_checkpoint(checkpoint, EngineConfig(device=device, scheduler=limits))
+    cache = cache_for(width, limits.max_model_len)
+    engine = LLMEngine.from_checkpoint(checkpoint, EngineConfig(device=device, cache=cache, scheduler=limits))
     ended = tokens = 0
     started_s = perf_counter()
     say = _sometimes()
@@ -243,8 +244,8 @@ def everything(
     out: Annotated[Path, typer.Option(help="the directory to make, such as models/NAME")],
     model: Model = DEFAULT_MODEL,
     device: Where = Device.CPU,
-    generate_minutes: float = 2.5,
-    train_minutes: float = 4.0,
+    generate_minutes: float = 3.2,
+    train_minutes: float = 8.3,
     per_tag: Annotated[int, typer.Option(help="prompts of each kind to evaluate with")] = 8,
 ) -> None:
     """All steps with their defaults, each in a process of its own so that the next one has the device to itself."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 
 from engine.config import (
-    CacheConfig,
     EngineConfig,
     SchedulerConfig,
     SpeculativeConfig,
@@ -19,7 +18,7 @@ from engine.loader.checkpoint import Checkpoint
 from engine.request import Request, SamplingParams
 from engine.stats import SpeculationStats
 from engine.tokenizer import Tokenizer
-from tools.distil_draft.generate import encode_prompts
+from tools.distil_draft.generate import cache_for, encode_prompts
 from tools.distil_draft.prompts import Prompt, Split, draw_prompts
 from tools.distil_draft.templates import Tag
 
@@ -104,14 +103,12 @@ def _start(
     speculative = SpeculativeConfig()
     if method is not SpeculativeMethod.OFF:
         path = draft if method is SpeculativeMethod.LOCAL else None
-        speculative = SpeculativeConfig(method, NUM_DRAFT_TOKENS, path)
+        speculative = SpeculativeConfig(method, NUM_DRAFT_TOKENS, path, always=True)
     scheduler = SchedulerConfig(
         max_num_seqs=batch, max_model_len=max_model_len, max_draft_tokens=batch * NUM_DRAFT_TOKENS
     )
-    cache = CacheConfig(enable_prefix_caching=False)  # else the second sampling would not have to prefill
-    # No more than these requests need: three engines start one after the other.
-    blocks_of_longest = -(-(max_model_len + NUM_DRAFT_TOKENS) // cache.block_size)
-    cache = replace(cache, num_blocks=1 + batch * blocks_of_longest)
+    # Without prefix caching, or the second sampling would not have to prefill.
+    cache = replace(cache_for(batch, max_model_len + NUM_DRAFT_TOKENS), enable_prefix_caching=False)
     config = replace(config, scheduler=scheduler, cache=cache, speculative=speculative)
     engine = LLMEngine.from_checkpoint(target, config)
     while engine.prepare_next():  # as a service does when it is idle

@@ -1,9 +1,11 @@
 """The target answers the prompts, with the engine that is to be sped up."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from time import perf_counter
 
+from engine.config import CacheConfig
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, SamplingParams
 from engine.tokenizer import Tokenizer
@@ -24,6 +26,12 @@ def sampling_of(sample_id: int, num_prompts: int, max_tokens: int) -> SamplingPa
         return SamplingParams(temperature=0.0, seed=sample_id, max_tokens=max_tokens)
     temperature = TEMPERATURES[(place // GREEDY_EVERY + turn) % len(TEMPERATURES)]
     return SamplingParams(temperature=temperature, top_p=TOP_P, seed=sample_id, max_tokens=max_tokens)
+
+
+def cache_for(width: int, max_model_len: int) -> CacheConfig:
+    """Room for `width` requests of the greatest length, and no more: the device may have other work."""
+    cache = CacheConfig()
+    return replace(cache, num_blocks=1 + width * -(-max_model_len // cache.block_size))
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -18,8 +18,8 @@ EMBEDDING = "model.embed_tokens.weight"
 class DraftShape:
     """What of a draft is smaller than its target. Heads are as many and as large: their cost is in the hidden size."""
 
-    hidden_size: int = 288
-    intermediate_size: int = 768
+    hidden_size: int = 432
+    intermediate_size: int = 1152
     num_layers: int = 4
 
     def of(self, target: ModelConfig) -> ModelConfig:

@@ -77,6 +77,20 @@ def distillation_loss(
     return loss
 
 
+def loss_and_gradients(
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, token_ids: torch.Tensor, ce_weight: float, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the rows' losses divided by `num_rows`, and its gradients; on a GPU these are where the logits were."""
+    if draft_logits.is_cuda:
+        from tools.distil_draft.divergence import losses_and_gradients  # Triton is not to be had on every platform
+
+        losses = losses_and_gradients(draft_logits, target_logits, token_ids, ce_weight, 1 / num_rows)
+        return losses.sum() / num_rows, draft_logits
+    leaf = draft_logits.requires_grad_()
+    loss = distillation_loss(leaf, target_logits, token_ids, ce_weight) / num_rows
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
 def accumulate_gradients(
     draft: Any, teacher: Teacher, batch: Batch, device: torch.device, dtype: torch.dtype, ce_weight: float
 ) -> torch.Tensor:
@@ -94,9 +108,11 @@ def accumulate_gradients(
             logits = F.linear(leaf[piece], draft.lm_head.weight)
         with torch.no_grad():
             target_logits = F.linear(target_states[piece], teacher.head)
-        loss = distillation_loss(logits, target_logits, token_ids[piece], ce_weight) / len(token_ids)
-        loss.backward()
-        total += loss.detach()
+        loss, gradients = loss_and_gradients(
+            logits.detach(), target_logits, token_ids[piece], ce_weight, len(token_ids)
+        )
+        logits.backward(gradients)
+        total += loss
     states.backward(leaf.grad)
     return total
 

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,6 +27,7 @@ RECORD = "training.json"  # beside the draft's directory
 VALIDATION_SHARE = 0.02  # of the samples, and no more than
 MAX_VALIDATION_TOKENS = 32_768
 NUM_VALIDATIONS = 10
+MAX_CURVE_POINTS = 400  # that are written
 CACHE_SHARE = 0.4  # of the free memory, for what the target computed
 WARM_UP = 0.03  # of the whole: the learning rate rises from 0
 LOWEST_RATE = 0.05  # of the highest, in the end
@@ -42,10 +43,10 @@ class TrainOptions:
     minutes: float | None = None
     steps: int | None = None
     tokens_per_step: int = 16_384
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     ce_weight: float = 0.1
-    initial: Initial = Initial.EMBEDDING
+    initial: Initial = Initial.PROJECTED
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +65,9 @@ class Record:
     validation: list[dict[str, float]] = field(default_factory=list)
 
     def write(self, file: Path) -> None:
-        file.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2) + b"\n")
+        stride = -(-len(self.curve) // MAX_CURVE_POINTS) or 1
+        thinned = replace(self, curve=self.curve[::-stride][::-1])  # with the last point
+        file.write_bytes(orjson.dumps(asdict(thinned), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 class Clock:

@@ -63,7 +63,8 @@ class ByteTokenizer:
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
-Script = list[RequestOutput | BaseException | float]  # an output, an error to raise, or seconds to sleep
+# An output, an error to raise, seconds to sleep, or the fingerprint of the engine that speaks from here on.
+Script = list[RequestOutput | BaseException | float | str]
 
 
 def says(text: str | bytes, *, end: FinishReason | None = FinishReason.STOP, size: int = 1, top: int = -1) -> Script:
@@ -93,6 +94,7 @@ class ScriptedStream:
         self.num_read = 0
         self.ended = False
         self._aborted = asyncio.Event()
+        self.fingerprints: list[str] = []
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         for item in self._script:
@@ -106,6 +108,9 @@ class ScriptedStream:
                 return
             if isinstance(item, BaseException):
                 raise item
+            if isinstance(item, str):
+                self.fingerprints.append(item)
+                continue
             await asyncio.sleep(0)
             self.num_read += 1
             self.ended = item.finish_reason is not None

@@ -38,6 +38,18 @@ def test_whole_answer():
     assert body["usage"]["completion_tokens"] == 6
 
 
+def test_an_answer_of_two_kinds_of_engines_says_so():
+    first, second = says("he", end=None), says("llo")
+    script = ["fp_a", *first, "fp_b", *second]
+    body = ask(FakeAdmitter([script])).json()
+    assert (body["system_fingerprint"], body["system_fingerprints"]) == ("fp_b", ["fp_a", "fp_b"])
+    chunks = events_of(ask(FakeAdmitter([script]), stream=True))
+    told = [(c["choices"][0]["text"], c["system_fingerprint"], c.get("system_fingerprints")) for c in chunks]
+    assert told[:2] == [("h", "fp_a", None), ("e", "fp_a", None)]
+    assert told[2:] == [(text, "fp_b", ["fp_a", "fp_b"]) for text in ("l", "l", "o", "")]
+    assert "system_fingerprints" not in ask(FakeAdmitter([["fp_a", *second]])).json()
+
+
 def test_text_goes_on_from_the_prompts():
     admitter = FakeAdmitter()
     ask(admitter)

@@ -1,0 +1,14 @@
+# What every shell on a node of a `ray up` cluster has before `ray start`, `serve` and the rest run: all nodes alike.
+export PATH="$HOME/venv/bin:$PATH"
+
+# Without a token, whoever reaches Ray's ports runs code. Ray reads the token from ~/.ray/auth_token.
+export RAY_AUTH_MODE=token
+
+# HAProxy in front, replicas that talk to each other over gRPC: 4 to 5 times the streams of Serve's defaults.
+export RAY_SERVE_ENABLE_HA_PROXY=1
+export RAY_SERVE_THROUGHPUT_OPTIMIZED=1
+# A request's line and headers must fit this buffer: the API takes 64 KiB of them, HAProxy's default is 16 KiB.
+export RAY_SERVE_HAPROXY_TUNE_BUFSIZE=81920
+
+# Filled by `slipstream compile` when a GPU node is set up; engines then compile nothing.
+export TRITON_CACHE_DIR="$HOME/kernels"

@@ -1,0 +1,80 @@
+"""Faults at random: processes of the service are killed, or stopped for a while."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+
+from loadtest.chaos_cluster import Cluster
+
+STOP_S = (4.0, 8.0)  # longer than the service takes for a sign of life, shorter than Serve takes to replace a replica
+KILL, STOP = "kill", "stop"
+
+
+@dataclass
+class FaultLog:
+    """What was done to whom."""
+
+    counts: Counter[str] = field(default_factory=Counter)  # "engine kill": so many
+    at_s: list[tuple[str, float]] = field(default_factory=list)  # the same, with time.monotonic()
+
+
+class Faults:
+    """One after another, every kind as often as the others. A deployment is left alone until it is whole again, so that
+    somebody is there to take over."""
+
+    def __init__(self, cluster: Cluster, counts: dict[str, int], actions: Sequence[str], pause_s: float, seed: int):
+        """counts: of each kind of process, how many there are."""
+        self.log = FaultLog()
+        self._cluster = cluster
+        self._counts = counts
+        self._actions = actions
+        self._pause_s = pause_s
+        self._draw = random.Random(seed)
+        self._stop = threading.Event()
+        self._wakers: list[threading.Timer] = []
+
+    def run(self) -> None:
+        """Until `stop`; in a thread of its own."""
+        plan = [(kind, action) for kind in self._counts for action in self._actions]
+        for place in count():
+            if place % len(plan) == 0:
+                self._draw.shuffle(plan)
+            if self._stop.wait(self._draw.uniform(0.5, 1.5) * self._pause_s):
+                return
+            self._strike(*plan[place % len(plan)])
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def wake_all(self) -> None:
+        """No process stays stopped."""
+        for waker in self._wakers:
+            waker.join()
+
+    def _strike(self, kind: str, action: str) -> None:
+        processes: dict[str, int] = {}
+        while len(processes) < self._counts[kind]:
+            if self._stop.wait(0.2 if processes else 0.0):
+                return
+            processes = self._cluster.processes(kind)
+        _, pid = self._draw.choice(sorted(processes.items()))
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if action == KILL else signal.SIGSTOP)
+            if action == STOP:
+                waker = threading.Timer(self._draw.uniform(*STOP_S), _continue, (pid,))
+                waker.start()
+                self._wakers.append(waker)
+            self.log.counts[f"{kind} {action}"] += 1
+            self.log.at_s.append((f"{kind} {action}", time.monotonic()))
+
+
+def _continue(pid: int) -> None:
+    with suppress(ProcessLookupError):  # Serve may have replaced it
+        os.kill(pid, signal.SIGCONT)

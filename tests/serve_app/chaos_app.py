@@ -1,0 +1,73 @@
+"""What the chaos run is tried on: a model of random weights, quick on a CPU; and the service with a part taken out."""
+
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
+
+from serve_app.app import bind, load_draft, load_engine, load_served_model
+from serve_app.config import AppConfig, parse_config
+from tests.tiny_models import write_tiny_model
+
+if TYPE_CHECKING:
+    from serve_app.ingress import ServedModel
+
+
+def app(args: dict[str, Any]) -> Any:
+    return _build(args, load_served_model)
+
+
+def without_cancelling(args: dict[str, Any]) -> Any:
+    """A replica that wakes up goes on with what it had been doing: the numbers of the attempts alone keep it apart."""
+    return _build(args, _load_uncancelled)
+
+
+def without_fencing(args: dict[str, Any]) -> Any:
+    """Nor do the numbers."""
+    return _build(args, _load_unfenced)
+
+
+def without_resumption(args: dict[str, Any]) -> Any:
+    return _build(args, _load_without_resumption)
+
+
+def _load_uncancelled(config: AppConfig) -> "ServedModel":
+    """Runs in an ingress replica."""
+    from serve_app.group import Group
+
+    def close(self: Group) -> None:
+        self.is_over = True
+
+    Group.close = close  # type: ignore[method-assign]
+    return load_served_model(config)
+
+
+def _load_unfenced(config: AppConfig) -> "ServedModel":
+    """Runs in an ingress replica, whose streams then believe every attempt."""
+    from serve_app.token_stream import RequestStream
+
+    receive = RequestStream.receive
+    RequestStream.receive = lambda self, _, output: receive(self, self.attempt, output)  # type: ignore[method-assign]
+    return _load_uncancelled(config)
+
+
+def _load_without_resumption(config: AppConfig) -> "ServedModel":
+    """Runs in an ingress replica, which then gives up what it has lost."""
+    from serve_app.errors import UnavailableError
+    from serve_app.group import PlacedPrompt
+
+    PlacedPrompt.lose = lambda self, *_, **__: self.end(UnavailableError("lost"))  # type: ignore[method-assign]
+    return load_served_model(config)
+
+
+def _build(args: dict[str, Any], load_model: Any) -> Any:
+    config = parse_config({"device": "cpu", "num_kv_blocks": 512, "max_model_len": 1024, "num_threads": 1} | args)
+    model = Path(gettempdir()) / "slipstream-chaos-model"
+    if not (model / "model.safetensors").exists():
+        write_tiny_model(model, vocab_size=49152)
+    weights = {"model": str(model)}
+    drafts = None
+    if config.speculative == "remote":
+        drafts = partial(load_draft, config.model_copy(update={"draft_model": str(model)}))
+    engine = config.model_copy(update=weights)
+    return bind(config, partial(load_engine, engine), partial(load_model, config), drafts)

@@ -1,0 +1,82 @@
+"""A minute of the chaos run, two streams an engine; its own Ray cluster, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loadtest.chaos import ChaosOptions, Summary, violations
+from loadtest.chaos_clients import make_bodies
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [
+    *(sys.executable, "-m", "loadtest.chaos", "--app", "tests.serve_app.chaos_app:app"),
+    *("--duration", "60", "--streams", "4", "--max-tokens", "400", "--pause", "3"),
+    *("--recovery-limit", "20"),  # of a busy machine
+]
+GOOD = Summary(
+    duration_s=60.0,
+    completed=50,
+    wrong=[],
+    hung=0,
+    error_events=[],
+    broken=2,
+    unexcused=0,
+    healed=2,
+    unhealed=0,
+    faults={"engine kill": 2, "engine stop": 2},
+    resumed={"failed": 4.0, "silent": 4.0},
+    stale_frames=1.0,
+    recovery_p50_s=1.0,
+    recovery_p99_s=5.0,
+    longest_pause_s=6.0,
+    left_over="",
+    memory_slopes_bytes_per_s={"engine": 100.0},
+)
+OPTIONS = ChaosOptions(kinds=("engine",), min_faults=2, min_resumed=8)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("cluster")  # two clusters at once are too much for a small machine
+def test_a_minute_of_faults(tmp_path: Path, default_model_path: Path) -> None:  # noqa: ARG001 - its tokenizer
+    output = tmp_path / "summary.json"
+    command = [*COMMAND, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads(output.read_text())
+    assert summary["completed"] >= 4
+    assert summary["violations"] == []
+
+
+def test_what_passes() -> None:
+    assert violations(GOOD, OPTIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"wrong": ["at character 3"]}, "1 wrong answers, such as at character 3"),
+        ({"hung": 1}, "1 hung requests"),
+        ({"unhealed": 1}, "1 that no retry healed"),
+        ({"error_events": ["lost"]}, "such as lost"),
+        ({"unexcused": 1}, "1 broken connections"),
+        ({"faults": {"engine kill": 2, "engine stop": 1}}, "only 1 of 2: engine stop"),
+        ({"resumed": {"failed": 7.0}}, "only 7 streams"),
+        ({"recovery_p99_s": 15.0}, "within 15 s"),
+        ({"left_over": "4 blocks"}, "left over: 4 blocks"),
+        ({"memory_slopes_bytes_per_s": {"engine": 2e4}}, "engine grows by 1.1 MiB a minute"),
+    ],
+)
+def test_what_does_not_pass(change: dict[str, object], said: str) -> None:
+    [line] = violations(replace(GOOD, **change), OPTIONS)  # type: ignore[arg-type]
+    assert said in line
+
+
+def test_requests_differ_and_are_the_same_each_time() -> None:
+    bodies = make_bodies(10, 50, seed=3)
+    assert bodies == make_bodies(10, 50, seed=3) != make_bodies(10, 50, seed=4)
+    assert len({body["prompt"] for body in bodies}) == 10
+    assert {body["temperature"] == 0 for body in bodies} == {True, False}

@@ -1,0 +1,200 @@
+"""Engine replicas that are killed and stopped under streams, in the whole service: no client notices."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from threading import Barrier, Timer
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import ray
+from ray import serve
+
+from engine.stats import EngineStats
+from serve_app.app import bind, load_engine, load_served_model
+from serve_app.config import parse_config
+from serve_app.failover import SILENCE_LIMIT_S
+from tests.tiny_models import write_tiny_model
+
+APPLICATION = "failover"
+ARGUMENTS = {
+    "device": "cpu",
+    "engine_replicas": 2,
+    "num_kv_blocks": 512,
+    "max_model_len": 1024,
+    "max_num_seqs": 32,
+    "num_threads": 1,
+}
+NUM_TOKENS = 500
+BODIES: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "frequency_penalty": 0.7, "repetition_penalty": 1.1},
+    {"temperature": 0.9, "seed": 3, "logprobs": 2},
+    {"temperature": 1.0, "seed": 4, "top_p": 0.95, "top_k": 200, "min_tokens": 400, "ignore_eos": False},
+    {"temperature": 1.0, "seed": 5, "n": 2, "presence_penalty": 0.4},
+    {"temperature": 0.8, "seed": 6, "stream": False},
+]
+pytestmark = pytest.mark.timeout(300)
+
+
+def deploy(model: Path, **changes: Any) -> None:
+    """Random weights with the default model's tokenizer: the answers are nonsense, and differ with every token."""
+    config = parse_config(ARGUMENTS | changes)
+    engine_config = config.model_copy(update={"model": str(model)})
+    application = bind(config, partial(load_engine, engine_config), partial(load_served_model, parse_config(ARGUMENTS)))
+    serve.run(application, name=APPLICATION, route_prefix=f"/{APPLICATION}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=49152)
+
+
+@pytest.fixture(scope="module")
+def url(serve_cluster: str, default_model_path: Path, model: Path) -> Iterator[str]:  # noqa: ARG001 - its tokenizer
+    deploy(model)
+    yield f"{serve_cluster}/{APPLICATION}/v1/completions"
+    serve.delete(APPLICATION)
+
+
+def answer(url: str, fields: dict[str, Any], on_chunk: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """What a client makes of an answer: of each choice the text, the log-probabilities and the end; and the counts."""
+    body = {"prompt": f"Once {fields}", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True} | fields
+    if body["stream"]:
+        body["stream_options"] = {"include_usage": True}
+    seen: dict[str, Any] = {"usage": None, "fingerprints": set()}
+    with httpx.Client(timeout=120) as client, client.stream("POST", url, json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines() if body["stream"] else [f"data: {response.read().decode()}"]
+        for line in lines:
+            if not line.startswith("data: {"):
+                continue
+            on_chunk()
+            chunk = orjson.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            seen["usage"] = chunk["usage"]
+            seen["fingerprints"].add(chunk["system_fingerprint"])
+            for choice in chunk["choices"]:
+                of_choice = seen.setdefault(choice["index"], {"text": "", "logprobs": [], "end": None})
+                of_choice["text"] += choice["text"]
+                of_choice["logprobs"] += (choice["logprobs"] or {}).get("token_logprobs", [])
+                of_choice["end"] = choice["finish_reason"] or of_choice["end"]
+    seen["usage"].pop("prompt_tokens_details")  # there are prefix hits the second time
+    return seen
+
+
+@pytest.fixture(scope="module")
+def expected(url: str) -> list[dict[str, Any]]:
+    return [answer(url, fields) for fields in BODIES]
+
+
+def processes() -> dict[str, int]:
+    """The engine replicas that answer, and their processes."""
+    prefix = f"SERVE_REPLICA::{APPLICATION}#engine#"
+    found = {}
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["name"].startswith(prefix):
+            actor = ray.get_actor(each["name"], namespace=each["namespace"])
+            with suppress(ray.exceptions.RayError):
+                found[each["name"].removeprefix(prefix)] = ray.get(
+                    actor.__ray_call__.remote(lambda _: os.getpid()), timeout=10
+                )
+    return found
+
+
+def is_healthy() -> bool:
+    deployment = serve.status().applications[APPLICATION].deployments["engine"]
+    return deployment.status == "HEALTHY" and deployment.replica_states == {"RUNNING": 2} and len(processes()) == 2
+
+
+def stats_of(replica_id: str) -> EngineStats:
+    handle = serve.get_deployment_handle("engine", APPLICATION)
+    return handle.stats.remote(replica_id=replica_id).result(timeout_s=10)
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not so after {limit_s:g} s"
+        time.sleep(0.1)
+
+
+def answers_under(url: str, fault: Callable[[], None]) -> tuple[list[dict[str, Any]], float]:
+    """The answers to all BODIES at once, with a fault when each stream has begun; and for how long nothing came."""
+    begun = Barrier(1 + sum(body.get("stream", True) for body in BODIES))
+    last_s = [time.monotonic()]
+    longest_s = [0.0]
+
+    def reader() -> Callable[[], None]:
+        seen = [0]
+
+        def on_chunk() -> None:
+            seen[0] += 1
+            now_s = time.monotonic()
+            longest_s[0], last_s[0] = max(longest_s[0], now_s - last_s[0]), now_s
+            if seen[0] == 20:
+                begun.wait(60)
+
+        return on_chunk
+
+    with ThreadPoolExecutor(len(BODIES)) as pool:
+        calls = [pool.submit(answer, url, fields, reader()) for fields in BODIES]
+        begun.wait(60)
+        fault()
+        return [call.result(timeout=120) for call in calls], longest_s[0]
+
+
+def busiest() -> str:
+    return max(processes(), key=lambda replica_id: stats_of(replica_id).num_requests_running)
+
+
+def test_answers_differ(expected: list[dict[str, Any]]) -> None:
+    assert len({each[0]["text"] for each in expected}) == len(BODIES)
+    assert expected[4][0]["text"] != expected[4][1]["text"]
+    assert all(len(each["fingerprints"]) == 1 for each in expected)
+    assert expected[3][0]["end"] == "length"
+
+
+def test_a_killed_replica(url: str, expected: list[dict[str, Any]]) -> None:
+    wait_until(is_healthy, 60)
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(busiest())
+        assert stats_of(killed[0]).num_requests_running
+        os.kill(processes()[killed[0]], signal.SIGKILL)
+
+    answers, pause_s = answers_under(url, kill)
+    assert answers == expected
+    assert pause_s < 20
+    wait_until(lambda: killed[0] not in processes() and is_healthy(), 90)
+
+
+def test_a_stopped_replica_that_wakes_up(url: str, expected: list[dict[str, Any]]) -> None:
+    wait_until(is_healthy, 60)
+    stopped: list[str] = []
+
+    def stop() -> None:
+        stopped.append(busiest())
+        assert stats_of(stopped[0]).num_requests_running
+        pid = processes()[stopped[0]]
+        os.kill(pid, signal.SIGSTOP)
+        Timer(SILENCE_LIMIT_S + 2.0, os.kill, (pid, signal.SIGCONT)).start()  # by then its streams go on elsewhere
+
+    answers, pause_s = answers_under(url, stop)
+    assert answers == expected
+    assert pause_s < 20
+
+    def is_idle() -> bool:
+        stats = stats_of(stopped[0])
+        return not (stats.num_requests_running or stats.num_requests_waiting or stats.num_blocks_in_use)
+
+    wait_until(is_idle, 20)  # it was told when it woke up
+    assert answers_under(url, lambda: None)[0] == expected
