@@ -354,8 +354,8 @@ def test_failover_across_fingerprints_where_allowed_is_told() -> None:
     run(test, "a", policy=FailoverPolicy(across_fingerprints=True))
 
 
-def test_without_any_replica_a_call_waits_for_one_and_no_longer_than_the_timeout() -> None:
-    """A call that waits in Serve's router is what makes a deployment start a replica."""
+def test_without_any_replica_requests_wait_for_one_and_no_longer_than_the_timeout() -> None:
+    """Nothing is called meanwhile: see serve_app.waking."""
 
     async def test(client: EngineClient, replicas: FakeReplicas) -> None:
         items = placed("r"), placed("s")
@@ -366,20 +366,20 @@ def test_without_any_replica_a_call_waits_for_one_and_no_longer_than_the_timeout
         await until(lambda: all(item.streams[0].token_ids for item in items))
         replicas.run()
         replicas.calls[0].fail()
-        second = await replicas.call(1)
-        assert (second.replica_id, len(second.request_ids)) == (None, 2)
         items[1].streams[0].abort()
         *_, last = await within(read(items[0].streams[0]))
         assert last.finish_reason is FinishReason.ERROR
-        assert second.is_cancelled
 
         fresh = placed("fresh")  # has lost nothing: how long it may wait is not for the failover to say
         [opening] = client.submit([fresh])
-        third = await replicas.call(2)
         await asyncio.sleep(0.6)
         assert not opening.done()
+        assert client.num_unfinished == 1
+        assert len(replicas.calls) == 1
         replicas.run("b")
-        third.open("b")
+        second = await replicas.call(1)
+        assert (second.replica_id, len(second.request_ids)) == ("b", 1)
+        second.open()
         assert (await within(opening)).replica_id == "b"
 
     run(test, "a", policy=FailoverPolicy(timeout_s=0.4))
