@@ -9,6 +9,7 @@ import pytest
 from engine.request import FinishReason, RequestOutput, SamplingParams
 from serve_app import engine_client
 from serve_app.engine_client import EngineClient
+from serve_app.errors import Overload, OverloadedError
 from serve_app.failover import MAX_FRUITLESS, FailoverPolicy, Loss
 from serve_app.group import PlacedPrompt
 from serve_app.messages import Refusal, SubmittedPrompt
@@ -279,6 +280,30 @@ def test_a_draining_replica_is_not_left_for_another_model() -> None:
         assert ids(await within(read(item.streams[0]))) == [10, 11]
 
     run(test, "a")
+
+
+def test_a_full_replica_sends_what_is_new_elsewhere_and_the_client_away_where_all_are() -> None:
+    async def test(client: EngineClient, replicas: FakeReplicas) -> None:
+        item = placed("r")
+        [opening] = client.submit([item])
+        for number in range(2):
+            call = await replicas.call(number)
+            assert call.replica_id is not None
+            call.send(Refusal("full", call.replica_id, is_full=True))
+        with pytest.raises(OverloadedError) as caught:
+            await within(opening)
+        assert caught.value.reason is Overload.ENGINE_FULL
+        assert {call.replica_id for call in replicas.calls} == {"a", "b"}
+        assert replicas.told.losses == []
+
+        client.submit([again := placed("again")])  # neither is shunned for it
+        third = await replicas.call(2)
+        third.open()
+        third.say(10, reason=FinishReason.STOP)
+        *_, last = await within(read(again.streams[0]))
+        assert last.finish_reason is FinishReason.STOP
+
+    run(test, "a", "b")
 
 
 def test_failover_across_fingerprints_is_refused() -> None:
