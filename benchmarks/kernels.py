@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from engine.kernels.configurations import Configuration, ManyRows
 
 PEAK_BYTES_PER_S = 3.35e12  # an H100 SXM's datasheet
-SHARED_MEMORY_BYTES = 227 * 1024  # of one CTA on an H100
 
 
 def time_us(run: Callable[[int], object], copies: int, device: str) -> float:
@@ -120,12 +119,18 @@ def refinements(best: ManyRows, case: Case) -> Iterator[Configuration]:
 
 
 def _fits(case: Case, configuration: ManyRows) -> bool:
-    """Whether the tiles of all stages fit into shared memory."""
+    """Whether the GPU has the shared memory; Triton's interpreter needs none."""
+    from engine.kernels.shared_memory import product_bytes
+    from engine.kernels.target import gpu_of
+
+    gpu = gpu_of(torch.device(case.device))
+    if gpu is None:
+        return True
     block_m = configuration.block_m
     if case.shape.head_norm and case.name == "qkv":  # a tile is a head there
         block_m = 1 << (case.shape.head_dim - 1).bit_length()
-    row_bytes = block_m * (1 if case.int8 else 2) + configuration.block_n * 2
-    return row_bytes * configuration.block_k * configuration.num_stages <= SHARED_MEMORY_BYTES
+    tile = (block_m, configuration.block_n, configuration.block_k)
+    return product_bytes(case.matrices[0], gpu, *tile, configuration.num_stages) <= gpu.shared_bytes
 
 
 Todo = tuple[Product, int, "Configuration"]

@@ -1,7 +1,8 @@
 """Tile shapes of the product kernels by number of rows: a checked-in table, never tuned while serving.
 
 None of these numbers may change a bit of a result: the order along K is the same for all of them. An entry enters
-only after `benchmarks.kernels` found its bits equal to the reference configuration's on the card.
+only after `benchmarks.kernels` found its bits equal to the reference configuration's on the card. On a GPU with less
+shared memory than an entry takes, it is used with fewer stages and, where that is not enough, smaller tiles of rows.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 import torch
 
 from engine.kernels.matrix import Matrix, num_slices, slice_features
+from engine.kernels.shared_memory import product_bytes
+from engine.kernels.target import gpu_of
 
 # norm_qkv_head_norm_rope: norm_qkv_rope of a model with norms of its own for queries and keys; a tile is a head there.
 Kernel = Literal[
@@ -18,6 +21,8 @@ Kernel = Literal[
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # rows; the last one serves all larger numbers, in several row tiles
 MAX_FEW_ROWS = 16
+MIN_BLOCK_N = 16
+MIN_STAGES = 2  # with one, nothing is loaded ahead of its use
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,9 @@ def configuration_for(kernel: Kernel, rows: int, matrix: Matrix) -> Configuratio
     return fitted(configuration, rows, matrix)
 
 
-def fitted(configuration: Configuration, rows: int, matrix: Matrix) -> Configuration:
-    """The same with steps along K that suit the slices, and a tile of 16 rows where no more are there."""
+def fitted(configuration: Configuration, rows: int, matrix: Matrix, block_m: int | None = None) -> Configuration:
+    """The same with steps along K that suit the slices, a tile of 16 rows where no more are there, and no more shared
+    memory than the weight's GPU has. block_m: weight rows of a tile, where the configuration does not say."""
     width = slice_features(matrix.in_features)
     if isinstance(configuration, FewRows):
         steps, preload = configuration.steps, configuration.preload
@@ -177,4 +183,22 @@ def fitted(configuration: Configuration, rows: int, matrix: Matrix) -> Configura
     while width % configuration.block_k:
         stages = min(8, 2 * configuration.num_stages)
         configuration = replace(configuration, block_k=configuration.block_k // 2, num_stages=stages)
-    return replace(configuration, block_n=16) if rows <= 16 < configuration.block_n else configuration
+    if rows <= MIN_BLOCK_N:
+        configuration = replace(configuration, block_n=MIN_BLOCK_N)
+    return _with_room(configuration, matrix, block_m or configuration.block_m)
+
+
+def _with_room(configuration: ManyRows, matrix: Matrix, block_m: int) -> ManyRows:
+    """The same within the shared memory of the weight's GPU: with fewer stages, or else with smaller tiles of rows too.
+    If nothing fits, what comes nearest: once it is compiled, Triton says what it lacks."""
+    gpu = gpu_of(matrix.rows.device)
+    if gpu is None:
+        return configuration
+    stages = range(configuration.num_stages, min(MIN_STAGES, configuration.num_stages) - 1, -1)
+    tiles = (n for n in (128, 64, 32, MIN_BLOCK_N) if n <= configuration.block_n)
+    smaller = [replace(configuration, block_n=n, num_stages=s) for n in tiles for s in stages]
+    for tried in smaller:
+        taken = product_bytes(matrix, gpu, block_m, tried.block_n, tried.block_k, tried.num_stages)
+        if taken <= gpu.shared_bytes:
+            return tried
+    return smaller[-1]

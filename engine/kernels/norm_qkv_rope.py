@@ -192,14 +192,14 @@ def norm_qkv_rope(
     matrix = weights.weight
     head_norm = weights.q_norm is not None
     kernel: Kernel = "norm_qkv_head_norm_rope" if head_norm else "norm_qkv_rope"
+    block_m = max(TILE_ROWS, triton.next_power_of_2(weights.head_dim)) if head_norm else None
     if configuration is None:
         configuration = configuration_for(kernel, rows, matrix)
         if head_norm and isinstance(configuration, FewRows) and not _fits_few_rows(weights.head_dim):
             configuration = configuration_for(kernel, TILE_ROWS, matrix)
-    configuration = fitted(configuration, rows, matrix)
+    configuration = fitted(configuration, rows, matrix, block_m)
     assert not (head_norm and isinstance(configuration, FewRows)) or weights.head_dim % TILE_ROWS == 0
     _check(x, weights, rope, positions, slot_mapping, q, kv)
-    block_m = max(TILE_ROWS, triton.next_power_of_2(weights.head_dim)) if head_norm else None
     options = product_options(configuration, rows, matrix, pdl, block_m)
     tile_rows = weights.head_dim if head_norm else options["BLOCK_M"]
     absent = x.squares  # stands for pointers that the kernel does not read

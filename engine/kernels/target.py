@@ -14,11 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class GPU:
-    """What launches depend on. capability: major and minor. memory_bytes: all that there is."""
+    """What launches depend on. capability: major and minor. memory_bytes: all that there is. shared_bytes: of shared
+    memory that a program can be given."""
 
     capability: tuple[int, int]
     num_processors: int
     memory_bytes: int
+    shared_bytes: int
 
 
 _aimed_at: GPU | None = None
@@ -45,4 +47,9 @@ def aimed_at(gpu: GPU) -> Iterator[None]:
 @lru_cache
 def _installed(device: torch.device) -> GPU:
     properties = torch.cuda.get_device_properties(device)
-    return GPU((properties.major, properties.minor), properties.multi_processor_count, properties.total_memory)
+    return GPU(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.total_memory,
+        properties.shared_memory_per_block_optin,
+    )

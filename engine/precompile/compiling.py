@@ -71,10 +71,10 @@ def fitting(compiled: Compiled, gpu: KnownGPU) -> Compiled:
     Raises:
         ConfigError: it has not.
     """
-    if compiled.shared_bytes > gpu.shared_bytes:
+    if compiled.shared_bytes > gpu.gpu.shared_bytes:
         raise ConfigError(
             f"{compiled.name} needs {compiled.shared_bytes} bytes of shared memory, and {gpu.title} has "
-            f"{gpu.shared_bytes} for a program: an engine of these settings does not start there"
+            f"{gpu.gpu.shared_bytes} for a program: an engine of these settings does not start there"
         )
     return compiled
 

@@ -7,8 +7,8 @@ from engine.kernels.pdl import INTERPRETED, supports_pdl
 from engine.kernels.target import GPU, aimed_at, gpu_of
 
 CPU = torch.device("cpu")
-HOPPER = GPU((9, 0), 132, 79 << 30)
-AMPERE = GPU((8, 0), 108, 79 << 30)
+HOPPER = GPU((9, 0), 132, 79 << 30, 232_448)
+AMPERE = GPU((8, 0), 108, 79 << 30, 166_912)
 
 
 def workspace() -> AttentionWorkspace:

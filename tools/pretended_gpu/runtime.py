@@ -77,7 +77,7 @@ class _Driver(TargetDriver):
     def __init__(self, target: GPUTarget, gpu: KnownGPU) -> None:
         super().__init__(target)
         clocks = {"sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000, "mem_bus_width": 5120}  # kHz, kHz, bits
-        sizes = {"max_shared_mem": gpu.shared_bytes, "multiprocessor_count": gpu.gpu.num_processors}
+        sizes = {"max_shared_mem": gpu.gpu.shared_bytes, "multiprocessor_count": gpu.gpu.num_processors}
         properties = sizes | {"max_num_regs": 65536, "warpSize": 32} | clocks
         self.utils = SimpleNamespace(get_device_properties=lambda _device: properties)
 
@@ -99,7 +99,7 @@ def pretend(gpu: KnownGPU) -> None:
         multi_processor_count=gpu.gpu.num_processors,
         total_memory=total,
         L2_cache_size=50 << 20,
-        shared_memory_per_block_optin=gpu.shared_bytes,
+        shared_memory_per_block_optin=gpu.gpu.shared_bytes,
         warp_size=32,
     )
     cuda: Any = torch.cuda
