@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def aimed_at(gpu: GPU) -> Iterator[None]:
 
 @lru_cache
 def _installed(device: torch.device) -> GPU:
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the last of these
     return GPU(
         (properties.major, properties.minor),
         properties.multi_processor_count,

@@ -1,5 +1,8 @@
 """What launches depend on is asked of the GPU that is aimed at, wherever tensors lie."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from engine.kernels.attention_worklist import AttentionWorkspace, attention_workspace
@@ -29,6 +32,19 @@ def test_aims_end_and_may_be_nested() -> None:
         assert gpu_of(CPU) == HOPPER
         assert supports_pdl(CPU) is not INTERPRETED
     assert gpu_of(CPU) is None
+
+
+def test_an_installed_gpu_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        major=8,
+        minor=0,
+        multi_processor_count=108,
+        total_memory=79 << 30,
+        shared_memory_per_block=49_152,  # what a program gets that does not ask for more
+        shared_memory_per_block_optin=166_912,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    assert gpu_of(torch.device("cuda", 63)) == AMPERE
 
 
 def test_grids_are_for_the_gpu_that_is_aimed_at() -> None:
