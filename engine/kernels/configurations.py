@@ -169,9 +169,17 @@ def configuration_for(kernel: Kernel, rows: int, matrix: Matrix) -> Configuratio
     return fitted(configuration, rows, matrix)
 
 
-def fitted(configuration: Configuration, rows: int, matrix: Matrix, block_m: int | None = None) -> Configuration:
+def fitted(
+    configuration: Configuration,
+    rows: int,
+    matrix: Matrix,
+    *,
+    row_bytes: int | None = None,
+    block_m: int | None = None,
+) -> Configuration:
     """The same with steps along K that suit the slices, a tile of 16 rows where no more are there, and no more shared
-    memory than the weight's GPU has. block_m: weight rows of a tile, where the configuration does not say."""
+    memory than the weight's GPU has. row_bytes: see `product_bytes`. block_m: weight rows of a tile, where the
+    configuration does not say."""
     width = slice_features(matrix.in_features)
     if isinstance(configuration, FewRows):
         steps, preload = configuration.steps, configuration.preload
@@ -185,10 +193,10 @@ def fitted(configuration: Configuration, rows: int, matrix: Matrix, block_m: int
         configuration = replace(configuration, block_k=configuration.block_k // 2, num_stages=stages)
     if rows <= MIN_BLOCK_N:
         configuration = replace(configuration, block_n=MIN_BLOCK_N)
-    return _with_room(configuration, matrix, block_m or configuration.block_m)
+    return _with_room(configuration, matrix, block_m or configuration.block_m, row_bytes)
 
 
-def _with_room(configuration: ManyRows, matrix: Matrix, block_m: int) -> ManyRows:
+def _with_room(configuration: ManyRows, matrix: Matrix, block_m: int, row_bytes: int | None) -> ManyRows:
     """The same within the shared memory of the weight's GPU: with fewer stages, or else with smaller tiles of rows too.
     If nothing fits, what comes nearest: once it is compiled, Triton says what it lacks."""
     gpu = gpu_of(matrix.rows.device)
@@ -198,7 +206,7 @@ def _with_room(configuration: ManyRows, matrix: Matrix, block_m: int) -> ManyRow
     tiles = (n for n in (128, 64, 32, MIN_BLOCK_N) if n <= configuration.block_n)
     smaller = [replace(configuration, block_n=n, num_stages=s) for n in tiles for s in stages]
     for tried in smaller:
-        taken = product_bytes(matrix, gpu, block_m, tried.block_n, tried.block_k, tried.num_stages)
+        taken = product_bytes(matrix, gpu, block_m, tried.block_n, tried.block_k, tried.num_stages, row_bytes)
         if taken <= gpu.shared_bytes:
             return tried
     return smaller[-1]

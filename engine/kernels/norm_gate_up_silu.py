@@ -102,7 +102,8 @@ def norm_gate_up_silu(
     assert outputs % 2 == 0
     assert (torch.int8 if matrix.rounds_inputs else out.dtype) == x.weighted.dtype
     assert all(t.is_contiguous() for t in (x.weighted, matrix.rows, out))
-    configuration = fitted(configuration or configuration_for("norm_gate_up_silu", rows, matrix), rows, matrix)
+    configuration = configuration or configuration_for("norm_gate_up_silu", rows, matrix)
+    configuration = fitted(configuration, rows, matrix, row_bytes=x.weighted.element_size())
     _norm_gate_up_silu[(num_programs(configuration, rows, outputs),)](
         x.weighted,
         x.squares,

@@ -92,7 +92,8 @@ def norm_logits(
     assert not matrix.rounds_inputs, "logits are rounded through the dtype of the rows"
     assert all(t.is_contiguous() for t in (x.weighted, matrix.rows, out))
     assert row_index is None or row_index.dtype == torch.int64
-    configuration = fitted(configuration or configuration_for("norm_logits", rows, matrix), rows, matrix)
+    configuration = configuration or configuration_for("norm_logits", rows, matrix)
+    configuration = fitted(configuration, rows, matrix, row_bytes=x.weighted.element_size())
     _norm_logits[(num_programs(configuration, rows, outputs),)](
         x.weighted,
         x.squares,

@@ -197,7 +197,7 @@ def norm_qkv_rope(
         configuration = configuration_for(kernel, rows, matrix)
         if head_norm and isinstance(configuration, FewRows) and not _fits_few_rows(weights.head_dim):
             configuration = configuration_for(kernel, TILE_ROWS, matrix)
-    configuration = fitted(configuration, rows, matrix, block_m)
+    configuration = fitted(configuration, rows, matrix, row_bytes=x.weighted.element_size(), block_m=block_m)
     assert not (head_norm and isinstance(configuration, FewRows)) or weights.head_dim % TILE_ROWS == 0
     _check(x, weights, rope, positions, slot_mapping, q, kv)
     options = product_options(configuration, rows, matrix, pdl, block_m)

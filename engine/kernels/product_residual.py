@@ -106,7 +106,8 @@ def product_residual(
     assert residual.dtype == out.dtype == weighted.dtype
     assert isinstance(x, Int8Rows) or x.dtype == out.dtype
     assert all(t.is_contiguous() for t in (values, matrix.rows, residual, norm, out, weighted))
-    configuration = fitted(configuration or configuration_for("product_residual", rows, matrix), rows, matrix)
+    configuration = configuration or configuration_for("product_residual", rows, matrix)
+    configuration = fitted(configuration, rows, matrix, row_bytes=values.element_size())
     options = product_options(configuration, rows, matrix, pdl)
     num_parts = triton.cdiv(outputs, options["BLOCK_M"])
     assert squares.shape[0] >= rows

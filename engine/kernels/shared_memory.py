@@ -6,8 +6,11 @@ from engine.kernels.target import GPU
 _SUM_BYTES = 4  # float32, of each element of the result
 
 
-def product_bytes(matrix: Matrix, gpu: GPU, block_m: int, block_n: int, block_k: int, num_stages: int) -> int:
-    """The most that a program of `ManyRows` takes on this GPU. Rows that meet int8 weights are taken to have 16 bits.
+def product_bytes(
+    matrix: Matrix, gpu: GPU, block_m: int, block_n: int, block_k: int, num_stages: int, row_bytes: int | None = None
+) -> int:
+    """The most that a program of `ManyRows` takes on this GPU. row_bytes: of one value of the rows; None: as many as one
+    of the weight, and two where that is int8 and the rows are not.
 
     The pipelined loop has a tile of the weight and one of the rows for each stage. Before Hopper it does without the
     last, whose operands are in registers. int8 weights that become 16-bit ones are exchanged between threads besides.
@@ -20,7 +23,7 @@ def product_bytes(matrix: Matrix, gpu: GPU, block_m: int, block_n: int, block_k:
     """
     weight_bytes = matrix.rows.element_size()
     converts = weight_bytes == 1 and not matrix.rounds_inputs
-    row_bytes = 2 if converts else weight_bytes
+    row_bytes = row_bytes or (2 if converts else weight_bytes)
     tiles = num_stages if gpu.capability >= (9, 0) else max(1, num_stages - 1)
     loop = tiles * (block_m * weight_bytes + block_n * row_bytes) * block_k
     if converts:
