@@ -9,8 +9,10 @@ _SUM_BYTES = 4  # float32, of each element of the result
 def product_bytes(
     matrix: Matrix, gpu: GPU, block_m: int, block_n: int, block_k: int, num_stages: int, row_bytes: int | None = None
 ) -> int:
-    """The most that a program of `ManyRows` takes on this GPU. row_bytes: of one value of the rows; None: as many as one
-    of the weight, and two where that is int8 and the rows are not.
+    """The most that a program of `ManyRows` takes on this GPU.
+
+    row_bytes: of one value of the rows; None: as many as one of the weight, and two where that is int8 and the rows are
+    not.
 
     The pipelined loop has a tile of the weight and one of the rows for each stage. Before Hopper it does without the
     last, whose operands are in registers. int8 weights that become 16-bit ones are exchanged between threads besides.
