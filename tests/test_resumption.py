@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import CacheConfig, DType, EngineConfig, SchedulerConfig
 from engine.errors import InvalidRequest
 from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from engine.speculative.proposer import Proposer
-from engine.speculative.speculation import Speculation
 from tests.speculative.oracle import Oracle
+from tests.speculative.test_verification import make_engine
 from tests.tiny_models import write_tiny_model
 
 VOCAB_SIZE = 320
@@ -44,19 +42,6 @@ SAMPLINGS = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def make_engine(path: Path, num_blocks: int = 400, proposer: Proposer | None = None, **limits: int) -> LLMEngine:
-    config = EngineConfig(
-        dtype=DType.FLOAT32,
-        cache=CacheConfig(num_blocks=num_blocks, block_size=8),
-        scheduler=SchedulerConfig(**{"max_model_len": 200, "max_draft_tokens": 100} | limits),
-        num_threads=1,
-    )
-    engine = LLMEngine.from_path(path, config)
-    if proposer is not None:
-        engine._speculation = Speculation(proposer, 4, 100)
-    return engine
 
 
 def make_request(kind: str, received: list[int] | None = None, name: str = "r") -> Request:

@@ -6,6 +6,7 @@ shared memory than an entry takes, it is used with fewer stages and, where that 
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -204,9 +205,10 @@ def _with_room(configuration: ManyRows, matrix: Matrix, block_m: int, row_bytes:
         return configuration
     stages = range(configuration.num_stages, min(MIN_STAGES, configuration.num_stages) - 1, -1)
     tiles = (n for n in (128, 64, 32, MIN_BLOCK_N) if n <= configuration.block_n)
-    smaller = [replace(configuration, block_n=n, num_stages=s) for n in tiles for s in stages]
-    for tried in smaller:
-        taken = product_bytes(matrix, gpu, block_m, tried.block_n, tried.block_k, tried.num_stages, row_bytes)
+    tried = configuration
+    for block_n, num_stages in product(tiles, stages):
+        tried = replace(configuration, block_n=block_n, num_stages=num_stages)
+        taken = product_bytes(matrix, gpu, block_m, block_n, tried.block_k, num_stages, row_bytes)
         if taken <= gpu.shared_bytes:
-            return tried
-    return smaller[-1]
+            break
+    return tried

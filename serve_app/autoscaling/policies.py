@@ -75,7 +75,8 @@ class _Policy:
 
     def _decide(self, ctx: Any) -> int:
         now_s = self._clock()
-        demand = self._demand(ctx, Board(ctx.app_name), now_s)
+        board = Board(ctx.app_name)
+        demand = self._demand(ctx, board, now_s)
         bounds = Bounds(ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas)
         before = ctx.target_num_replicas
         target, self._memory = next_target(
@@ -91,7 +92,7 @@ class _Policy:
         )
         if target != before:
             logger.info(f"{ctx.deployment_name}: {before} -> {target} replicas, for {demand.reason}")
-        self._announce(Board(ctx.app_name), target, now_s)
+        self._announce(board, target, now_s)
         return target
 
     def _demand(self, ctx: Any, board: Board, now_s: float) -> _Demand:
