@@ -34,12 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """A pytest-xdist that groups nothing says nothing: two clusters on two cores then make tests fail at random."""
-    is_worker = hasattr(session.config, "workerinput")
-    for item in session.items if is_worker else ():
-        if item.get_closest_marker("xdist_group") is not None and "@" not in item.nodeid:
-            raise pytest.UsageError(f"pytest {pytest.__version__} and this pytest-xdist do not group tests")
+    is_grouped = not hasattr(item.config, "workerinput") or "@" in item.nodeid
+    if item.get_closest_marker("xdist_group") is not None and not is_grouped:
+        pytest.fail(f"pytest {pytest.__version__} and this pytest-xdist do not group tests", pytrace=False)
 
 
 @pytest.fixture(scope="session")
