@@ -28,6 +28,7 @@ from loadtest.report import to_html
 from loadtest.settings import Settings, add_options, read_options
 from loadtest.streaming_client import ServerError, StreamingClient
 
+IDLE_S = 0.1
 MAX_CONNECTIONS = 1_000_000  # a pool's limit would make requests wait in the client
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,11 @@ class StreamingUser(User):
 
     @task
     def ask(self) -> None:
-        if RUN.settings.arrivals == CLOSED:
+        if RUN.load.stopping.is_set():
+            gevent.sleep(IDLE_S)  # Locust ends the users when the last requests have ended
+        elif RUN.settings.arrivals == CLOSED:
             RUN.load.send_one()
-        elif not RUN.load.stopping.is_set():
+        else:
             total_users = _options(self.environment).total_users
             RUN.load.send_at_arrivals(RUN.settings.rate / max(1, total_users))
 
@@ -77,12 +80,11 @@ def _(environment: Environment, web_ui: Any, **_: Any) -> None:
     gevent.get_hub().loop.update_now()
     RUN.measurement = Measurement(environment)
     try:
-        settings = read_options(_options(environment))
+        read_options(_options(environment))
     except ValueError as error:
         print(f"locustfile: {error}", file=sys.stderr)
         sys.exit(2)
-    if not environment.stop_timeout:
-        environment.stop_timeout = settings.drain_s
+    RUN.measurement.join_processes(lambda: RUN.load.drain(RUN.settings.drain_s))
     if web_ui is not None:
         _add_report_page(web_ui)
 
@@ -140,7 +142,6 @@ def _(data: dict[str, Any], **_: Any) -> None:
 def _(**_: Any) -> None:
     if RUN.measurement.has_started():
         RUN.measurement.stop()
-        RUN.load.stopping.set()
 
 
 @events.test_stop.add_listener

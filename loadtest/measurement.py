@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,9 @@ from loadtest.summary import summarise
 
 METRIC = "METRIC"
 _ROWS = "load_records"  # in what workers report to the master
+_DRAIN, _DRAINED = "load_drain", "load_drained"  # messages between them
+_CHECK_S = 0.02
+_MESSAGE_S = 10.0  # that a worker's last message may take
 _BATCH = 50  # events between two chances for other greenlets: their timestamps must not wait long
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ class Measurement:
         self._becoming_steady: gevent.Greenlet | None = None
         self._load_average_start = 0.0
         self._max_cpu_percent = 0.0
+        self._drain: Callable[[], None] = lambda: None
+        self._num_drained = 0
         _keep_metrics_out_of_the_total(environment)
 
     def start(self, settings: Settings, model: str) -> None:
@@ -107,11 +113,47 @@ class Measurement:
         if self._steady_s is not None:
             self._max_cpu_percent = max(self._max_cpu_percent, cpu_percent)
 
+    def join_processes(self, drain: Callable[[], None]) -> None:
+        """`drain` ends the load of this process: it waits for the last answers.
+
+        Locust's master does not wait for its workers' last reports, so they are told, and awaited, here.
+        """
+        self._drain = drain
+        runner = self._environment.runner
+        if isinstance(runner, WorkerRunner):
+            runner.register_message(_DRAIN, self._drain_worker, concurrent=True)
+        elif isinstance(runner, MasterRunner):
+            runner.register_message(_DRAINED, self._worker_is_drained)
+
     def stop(self) -> None:
-        """No more requests are sent from now on."""
+        """The measured time is over. Returns when all requests have ended, in all processes."""
         self._stopped_s = epoch_s(time.perf_counter())
         if self._becoming_steady is not None:
             self._becoming_steady.kill(block=False)
+        runner = self._environment.runner
+        if not isinstance(runner, MasterRunner):
+            self._drain()
+            return
+        assert self._settings is not None
+        self._num_drained = 0
+        runner.send_message(_DRAIN)
+        deadline_s = time.perf_counter() + self._settings.drain_s + _MESSAGE_S
+        while self._num_drained < runner.worker_count:
+            if time.perf_counter() > deadline_s:
+                logger.error("%d workers have not sent their last records", runner.worker_count - self._num_drained)
+                return
+            gevent.sleep(_CHECK_S)
+
+    def _drain_worker(self, **_: Any) -> None:
+        self._drain()
+        data: dict[str, Any] = {}
+        self.add_to_report(data)
+        assert self._environment.runner is not None
+        self._environment.runner.send_message(_DRAINED, data)
+
+    def _worker_is_drained(self, msg: Any, **_: Any) -> None:
+        self.read_report(msg.data)
+        self._num_drained += 1
 
     def add_to_report(self, data: dict[str, Any]) -> None:
         """A worker's."""
@@ -188,7 +230,7 @@ def _keep_metrics_out_of_the_total(environment: Environment) -> None:
             log_request(method, name, response_time, content_length)
 
     stats.log_request = log  # type: ignore[method-assign]
-    locust.stats.bucket_response_time = _three_digits
+    locust.stats.bucket_response_time = _three_digits  # type: ignore[assignment]
 
 
 def _three_digits(response_time_ms: float) -> int:

@@ -18,15 +18,17 @@ _LINE_TOKENS = 8.4  # of the lines of code below, in the mean, by the default mo
 
 def prose(draw: random.Random, num_tokens: int) -> str:
     """Sentences without sense; a word is counted as a token, and so is the stop behind a sentence."""
-    words: list[str] = []
-    left = num_tokens
-    while left > 0:
-        length = min(left - 1, _SENTENCE_WORDS) or 1
-        sentence = [draw.choice(_LINKS if place % 2 else _WORDS) for place in range(length)]
-        sentence[0] = sentence[0].capitalize()
-        words.append(" ".join(sentence) + ("." if left > 1 else ""))
-        left -= length + 1
-    return " ".join(words)
+    # All at once: a client that takes long over a long prompt is late with its other requests.
+    nouns, links = draw.choices(_WORDS, k=num_tokens), draw.choices(_LINKS, k=num_tokens)
+    sentences: list[str] = []
+    place = 0
+    while place < num_tokens:
+        length = min(num_tokens - place - 1, _SENTENCE_WORDS) or 1
+        words = [links[i] if (i - place) % 2 else nouns[i] for i in range(place, place + length)]
+        words[0] = words[0].capitalize()
+        sentences.append(" ".join(words) + ("." if place + length < num_tokens else ""))
+        place += length + 1
+    return " ".join(sentences)
 
 
 def code(draw: random.Random, num_tokens: int) -> tuple[str, str]:

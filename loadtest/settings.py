@@ -70,7 +70,7 @@ def add_options(parser: "LocustArgumentParser") -> None:
     add("--max-in-flight", type=int, default=1024, help="arrivals past it count as errors (not for closed)")
     add("--warm-up", type=float, default=5.0, help="seconds, once all users run, that are not measured")
     add("--repeats", type=int, default=3, help="parts that the measured time is cut into, for confidence")
-    add("--drain", type=float, default=30.0, help="seconds for the last answers, unless --stop-timeout says so")
+    add("--drain", type=float, default=30.0, help="seconds that the last answers may take, in place of --stop-timeout")
     add("--silence", type=float, default=120.0, help="seconds without a byte after which a request has failed")
     add("--insecure", action="store_true", help="do not check the server's certificate")
     add("--slo", default="", help="of each request, for goodput: ttft_s=0.5,tpot_s=0.05,max_itl_s=1,e2e_latency_s=9")

@@ -21,7 +21,7 @@ def test_a_request_depends_on_seed_and_number_alone(name: str) -> None:
     forwards = [draw_prompt(name, 3, index) for index in range(5)]
     backwards = [draw_prompt(name, 3, index) for index in reversed(range(5))]
     assert forwards == backwards[::-1]
-    assert len({prompt.messages for prompt in forwards}) == 5
+    assert len({str(prompt.messages) for prompt in forwards}) == 5
     assert draw_prompt(name, 4, 0) != forwards[0]
 
 
@@ -40,25 +40,25 @@ def test_lengths_have_the_published_median_and_mean(name: str) -> None:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_workload_draws_from_its_distributions(name: str) -> None:
     workload = WORKLOADS[name]
-    prompts = [draw_prompt(name, 0, index) for index in range(1500)]
+    prompts = [draw_prompt(name, 0, index) for index in range(400)]
     logs = np.log([prompt.prompt_tokens - workload.fixed_tokens for prompt in prompts])
-    assert logs.mean() == pytest.approx(math.log(workload.prompt.median), abs=4 * workload.prompt.sigma / 38)
-    assert logs.std() == pytest.approx(workload.prompt.sigma, rel=0.12)
+    assert logs.mean() == pytest.approx(math.log(workload.prompt.median), abs=4 * workload.prompt.sigma / 20)
+    assert logs.std() == pytest.approx(workload.prompt.sigma, rel=0.15)
     if workload.output is None:
         assert all(prompt.max_tokens == prompt.prompt_tokens for prompt in prompts)
     else:
-        assert np.median([p.max_tokens for p in prompts]) == pytest.approx(workload.output.median, rel=0.15)
+        assert np.median([p.max_tokens for p in prompts]) == pytest.approx(workload.output.median, rel=0.25)
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_prompts_are_as_long_as_said(name: str, default_model_path: Path) -> None:
+def test_prompts_are_as_long_as_said(default_model_path: Path) -> None:
     tokenizer = load_tokenizer(default_model_path)
-    prompts = [draw_prompt(name, 0, index) for index in range(60)]
-    texts = ["".join(message["content"] for message in prompt.messages) for prompt in prompts]
-    counted = sum(len(tokenizer.encode(text)) for text in texts)
-    # An edit has an instruction in front of the code; everything else is what was drawn.
-    around = 22 * len(prompts) if name == "code_edit" else 0
-    assert counted - around == pytest.approx(sum(prompt.prompt_tokens for prompt in prompts), rel=0.06)
+    for name in WORKLOADS:
+        prompts = [draw_prompt(name, 0, index) for index in range(20)]
+        texts = ["".join(message["content"] for message in prompt.messages) for prompt in prompts]
+        counted = sum(len(tokenizer.encode(text)) for text in texts)
+        # An edit has an instruction in front of the code; everything else is what was drawn.
+        around = 22 * len(prompts) if name == "code_edit" else 0
+        assert counted - around == pytest.approx(sum(prompt.prompt_tokens for prompt in prompts), rel=0.06), name
 
 
 def test_limits_replace_and_cut() -> None:
