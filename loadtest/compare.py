@@ -12,8 +12,8 @@ import typer
 from markupsafe import Markup
 
 from loadtest.estimates import Estimate, Ratio, ratio
-from loadtest.plots import distributions
 from loadtest.report import render
+from loadtest.report_plots import distributions
 from loadtest.results import Results, read_results, with_confidence
 from loadtest.summary import LATENCIES, RATES
 

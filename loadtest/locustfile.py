@@ -6,7 +6,6 @@ What the options mean, and the numbers: docs/load_testing.md.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from loadtest.streaming_client import ServerError, StreamingClient
 
 IDLE_S = 0.1
 MAX_CONNECTIONS = 1_000_000  # a pool's limit would make requests wait in the client
-logger = logging.getLogger(__name__)
 
 
 class _Run:
@@ -71,7 +69,7 @@ def _options(environment: Environment) -> argparse.Namespace:
 def _(parser: LocustArgumentParser) -> None:
     add_options(parser)
     # Workers are told the values of a locustfile's own options, and not how many users there are in all.
-    parser.add_argument("--total-users", type=int, default=0, help="==SUPPRESS==", include_in_web_ui=False)
+    parser.add_argument("--total-users", type=int, default=0, help=argparse.SUPPRESS, include_in_web_ui=False)
 
 
 @events.init.add_listener

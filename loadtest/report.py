@@ -10,7 +10,7 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from loadtest.plots import distributions, latency_over_time, lengths, measured_records, throughput_over_time
+from loadtest.report_plots import distributions, latency_over_time, lengths, measured_records, throughput_over_time
 from loadtest.results import Results, read_results, table_rows, with_confidence
 from loadtest.summary import RATES, samples_of
 

@@ -15,6 +15,7 @@ from loadtest.summary import LATENCIES, PERCENTILES, RATES, Summary
 FORMAT = "slipstream-load-test-1"
 _LATE_S = 0.05  # the client: its own delays would then be seen in what it measures
 _BUSY_PERCENT = 90.0
+_MISSING = {"queue_time_s": "not reported by the server", "send_delay_s": "none in a closed loop"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def table_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in LATENCIES:
         if f"{name}.mean" not in summary.values:
-            rows.append([name, "not reported" if name == "queue_time_s" else "not measured", *[""] * len(PERCENTILES)])
+            rows.append([name, _MISSING.get(name, "not measured"), *[""] * len(PERCENTILES)])
             continue
         rows.append([name, *(with_confidence(summary.values[f"{name}.{head}"]) for head in heads[1:])])
     return heads, rows

@@ -67,7 +67,7 @@ def samples_of(records: Sequence[RequestRecord]) -> Samples:
         "tpot_s": [record.tpot_s for record in answered],
         "e2e_latency_s": [record.e2e_latency_s for record in answered],
         "queue_time_s": [record.queue_time_s for record in answered],
-        "send_delay_s": [record.send_delay_s for record in records],
+        "send_delay_s": [record.send_delay_s or None for record in records],  # a closed loop has none
     }
     return {name: np.array([v for v in values if v is not None], np.float64) for name, values in lists.items()}
 

@@ -119,14 +119,14 @@ def main(
     output_tokens: Annotated[int | None, typer.Option(help="of each answer, in place of what is drawn")] = None,
     max_output_tokens: Annotated[int | None, typer.Option(help="of each answer, at most")] = None,
 ) -> None:
-    """Print requests as JSON lines: prompt (the messages' contents), prompt_tokens, output_tokens."""
+    """Print requests as JSON lines, with the names that guidellm knows."""
     if workload not in WORKLOAD_NAMES:
         raise typer.BadParameter(f"{workload}: one of {', '.join(WORKLOAD_NAMES)}")
     limits = LengthLimits(output=output_tokens, max_output=max_output_tokens)
     for index in range(count):
         prompt = draw_prompt(workload, seed, index, limits)
         text = "\n\n".join(message["content"] for message in prompt.messages)
-        row = {"prompt": text, "prompt_tokens": prompt.prompt_tokens, "output_tokens": prompt.max_tokens}
+        row = {"prompt": text, "prompt_tokens_count": prompt.prompt_tokens, "output_tokens_count": prompt.max_tokens}
         print(json.dumps(row))
 
 
