@@ -18,7 +18,7 @@ from loadtest.summary import samples_of
 
 _SIZE_IN = (6.0, 3.4)
 _MAX_POINTS = 2000  # of a curve: a page of millions of points would not open
-_NUM_BINS = 60
+_MIN_BINS, _MAX_BINS = 8, 100
 
 
 def measured_records(results: Results) -> list[RequestRecord]:
@@ -68,7 +68,8 @@ def throughput_over_time(results: Results) -> str:
         chain.from_iterable([r.output_tokens / len(r.chunk_s)] * len(r.chunk_s) for r in results.records if r.chunk_s)
     )
     end_s = max((record.ended_s - origin_s for record in results.records), default=1.0)
-    edges = np.linspace(0, max(end_s, 1e-3), _NUM_BINS + 1)
+    num_bins = min(_MAX_BINS, max(_MIN_BINS, int(end_s)))  # a second each, where that makes a curve
+    edges = np.linspace(0, max(end_s, 1e-3), num_bins + 1)
     counts, _ = np.histogram(at_s, bins=edges, weights=weights)
     axes.stairs(counts / np.diff(edges), edges, label="output tokens/s")
     under_way = [sum(r.sent_s - origin_s <= t < r.ended_s - origin_s for r in results.records) for t in edges]
@@ -77,9 +78,10 @@ def throughput_over_time(results: Results) -> str:
     right.set(ylabel="requests under way")
     right.set_ylim(bottom=0)
     _shade(axes, results, origin_s)
-    axes.set(title="throughput", xlabel="seconds since the start", ylabel="output tokens/s")
+    axes.set_title("throughput", loc="left")
+    axes.set(xlabel="seconds since the start", ylabel="output tokens/s")
     axes.set_ylim(bottom=0)
-    figure.legend(fontsize=8, loc="lower right", bbox_to_anchor=(0.9, 0.15))
+    figure.legend(fontsize=7, loc="upper right", ncols=3)
     return _svg(figure, axes)
 
 

@@ -53,6 +53,7 @@ def test_a_closed_loop_to_files_and_a_comparison(server: ScriptedServer, tmp_pat
     assert re.search(r"^METRIC\s+goodput\s+\d", output, re.MULTILINE)
     fast = read_results(tmp_path / "out/fast.json")
     check_against(server, fast)
+    check_statistics(output, fast)
     assert fast.violations == []
     assert json.loads((tmp_path / "out/fast.json").read_text())["settings"]["objectives"] == {
         "ttft_s": 30,
@@ -85,6 +86,18 @@ def check_against(server: ScriptedServer, results: Results) -> None:
     assert values["output_tokens_per_s"] == pytest.approx(10 * values["requests_per_s"], rel=0.25)
     assert values["concurrency.mean"] == pytest.approx(4, rel=0.1)
     assert len(summary.values["ttft_s.mean"].repeats) == 3
+
+
+def check_statistics(output: str, results: Results) -> None:
+    """Locust's rows are of what ended since the warm-up; the total is of requests alone."""
+    ended = [record for record in results.records if record.ended_s >= results.summary.started_s]
+    [posts] = re.findall(
+        r"^POST\s+/v1/chat/completions short_chat\s+(\d+)\s", output.split("percentiles")[0], re.MULTILINE
+    )
+    [total] = re.findall(r"^\s+Aggregated\s+(\d+)\s", output.split("percentiles")[0], re.MULTILINE)
+    assert posts == total
+    assert abs(int(total) - len(ended)) <= 4  # one a user: the clock is read a moment before the reset
+    assert len(ended) + 4 < len(results.records)
 
 
 def check_comparison(fast: Results, slow: Results) -> None:
