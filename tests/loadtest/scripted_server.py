@@ -26,7 +26,7 @@ class Script:
     tokens_a_chunk: int = 1
     has_usage: bool = True
     queue_time_s: float | None = None
-    failures: dict[int, str] = field(default_factory=dict)  # "429", "event", "cut", "hang", "empty"
+    failures: dict[int, str] = field(default_factory=dict)  # "429", "event", "cut", "stop", "hang", "empty"
 
 
 @dataclass
@@ -88,6 +88,8 @@ class ScriptedServer:
                 await asyncio.sleep(60)
             if number == 2 and failure == "cut":
                 raise ConnectionResetError
+            if number == 2 and failure == "stop":
+                return
             if number == 2 and failure == "event":
                 yield b'data: {"error": {"message": "broken", "code": "generation_failed"}}\n\ndata: [DONE]\n\n'
                 return

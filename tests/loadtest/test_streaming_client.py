@@ -87,13 +87,13 @@ def test_tokens_are_the_servers_where_a_chunk_has_several(server: ScriptedServer
 
 
 def test_errors_by_kind(server: ScriptedServer) -> None:
-    server.script.failures = {0: "429", 1: "event", 2: "cut", 3: "empty", 4: "hang"}
+    server.script.failures = {0: "429", 1: "event", 2: "cut", 3: "empty", 4: "hang", 5: "stop"}
     load, records = make_load(server, silence_s=0.5)
-    for _ in range(6):
+    for _ in range(7):
         load.send_one()
     kinds = [record.error for record in records]
-    expected = ["http 429 overloaded", "error event generation_failed", "connection ended early", "no text", "timeout"]
-    assert kinds == [*expected, ""]
+    cut = ["connection ended early", "no text", "timeout", "stream without [DONE]"]
+    assert kinds == ["http 429 overloaded", "error event generation_failed", *cut, ""]
     assert len(records[1].chunk_s) == 2
     with pytest.raises(ServerError, match="ConnectionRefused"):
         StreamingClient("http://127.0.0.1:9", "", 5, 1, insecure=False).first_model()
