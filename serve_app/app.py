@@ -71,19 +71,25 @@ def build(config: AppConfig) -> "Application":
     Raises:
         SlipstreamError: a setting or the model is wrong.
     """
-    from serve_app.launch import check_http_port, resolve_device, starts_ray_here
+    from serve_app.launch import check_http_port, check_running_ray, find_ray, prepare_ray, resolve_device, starts_ray_here
 
     ray_starts_here = starts_ray_here()
     if ray_starts_here:
         check_http_port()
+        running = None
+    else:
+        running = find_ray(config.device)
+        check_running_ray(config.proxy, running)
     path, draft_path = _existing_path(config.model), _existing_path(config.draft_model)
     if path is not None:  # replicas run in another directory
         config = config.model_copy(update={"model": str(path), "served_model_name": config.model_name})
     if draft_path is not None:
         config = config.model_copy(update={"draft_model": str(draft_path)})
-    config = config.model_copy(update={"device": resolve_device(config.device)})
+    config = config.model_copy(update={"device": resolve_device(config.device, running)})
     if ray_starts_here or path or draft_path:  # in a cluster, each node that needs the model fetches it
         check_model(config)
+    if ray_starts_here:
+        prepare_ray(config.proxy)
     load_drafts = partial(load_draft, config) if config.speculative == "remote" else None
     return bind(config, partial(load_engine, config), partial(load_served_model, config), load_drafts)
 
