@@ -65,7 +65,8 @@ class ScriptedEngine:
         for request_id, request in list(self._requests.items()):
             count = self._counts[request_id] = self._counts[request_id] + 1
             ended = count == request.sampling.max_tokens
-            outputs.append(RequestOutput(request_id, (1000 + count,), FinishReason.LENGTH if ended else None))
+            finish_reason = FinishReason.LENGTH if ended else None
+            outputs.append(RequestOutput(request_id, (1000 + count,), finish_reason=finish_reason))
             if ended:
                 del self._requests[request_id]
         time.sleep(STEP_S)
@@ -148,7 +149,12 @@ def main() -> None:
     for _ in range(options.rounds):
         for mode in (OFF, THROUGHPUT, HAPROXY):
             result = subprocess.run(
-                command, env=environment_of(mode), stdout=subprocess.PIPE, text=True, check=True, timeout=SECONDS_PER_MODE
+                command,
+                env=environment_of(mode),
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                timeout=SECONDS_PER_MODE,
             )
             print(f"{mode}: {result.stdout.strip()}; load {os.getloadavg()[0]:.1f}", file=sys.stderr)
             for count, speed in json.loads(result.stdout.splitlines()[-1]).items():

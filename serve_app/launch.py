@@ -2,7 +2,9 @@
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import ray
@@ -15,6 +17,8 @@ from serve_app.ports import can_bind
 
 logger = logging.getLogger("ray.serve")
 
+# Of NVIDIA's driver, of the same under Windows' Linux, and of AMD's. Without any, torch need not be asked.
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 _ANSWER_TIMEOUT_S = 30.0  # for a process to start in, on a busy machine
 
 
@@ -149,6 +153,8 @@ def resolve_device(device: str, running: RunningRay | None) -> str:
 
 
 def _this_machine_has_cuda() -> bool:
+    if sys.platform == "linux" and not any(Path(device).exists() for device in _GPU_DEVICES):
+        return False
     import torch  # here, for it takes seconds to import
 
     return bool(torch.cuda.is_available())

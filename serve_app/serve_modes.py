@@ -48,7 +48,9 @@ def switch_on(proxy: str, host: str, environment: MutableMapping[str, str]) -> s
         environment.update(haproxy.settings(haproxy.private_directory(), host, environment))
     front = f"Ray's own proxy, not HAProxy ({reason})" if reason else "HAProxy"
     throughput = environment[THROUGHPUT_FLAG]
-    calls = "throughput-optimised" if throughput == "1" else f"not throughput-optimised ({THROUGHPUT_FLAG}={throughput})"
+    calls = (
+        "throughput-optimised" if throughput == "1" else f"not throughput-optimised ({THROUGHPUT_FLAG}={throughput})"
+    )
     return f"Serve is {calls}, with {front} in front"
 
 
