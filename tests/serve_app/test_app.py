@@ -165,7 +165,12 @@ def test_a_replicas_log_tells_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     arguments = {"model": str(write_tiny_model(tmp_path)), "device": "cpu", "num_threads": "1", "num_kv_blocks": "200"}
     load_engine(parse_config(arguments))
     text = "\n".join(lines)
-    for phrase in ("importing libraries: ", "reading headers: 0.", "loading weights: 21/21 tensors, ", "199 blocks of 16: 3,184 tokens"):
+    for phrase in (
+        "importing libraries: ",
+        "reading headers: 0.",
+        "loading weights: 21/21 tensors, ",
+        "199 blocks of 16: 3,184 tokens",
+    ):
         assert text.count(phrase) == 1
     assert lines[-1].startswith("ready in ")
 
