@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serve_app.ports import can_bind, free_port
@@ -25,17 +25,20 @@ _MIN_DRAINING_S = 2
 _BINARY_TIMEOUT_S = 10.0
 # Of Unix sockets: /proc/net's limit is 107 bytes, and Serve and HAProxy append up to 80 of their own.
 _MAX_DIRECTORY_BYTES = 27
-# HAProxy's statistics and metrics are on all interfaces, and Serve has no word in that. `exec` keeps the process id,
-# by which Serve knows its HAProxy.
+# Serve has no word in these lines of its configuration. `exec` keeps the process id, by which Serve knows its HAProxy.
 _WRAPPER = """#!/bin/sh
-# Written by Slipstream. Whatever HAProxy would open on all interfaces, it opens for this machine alone.
+# Written by Slipstream, which lets HAProxy do what Serve's configuration of it has no setting for.
 previous=
 for argument; do
-  [ "$previous" = -f ] && sed -i -E 's/^( *bind )\\*?:/\\1127.0.0.1:/' "$argument"
+  [ "$previous" = -f ] && sed -i -E {edits} "$argument"
   previous=$argument
 done
 exec {binary} "$@"
 """
+# HAProxy 2.8 does not notice that a client leaves if the request's body came in another packet than its headers, as it
+# does from most clients, and was passed on by itself. Then an answer that is not streamed is computed to its end.
+_BUFFER_REQUESTS = "s/^    option abortonclose$/&\\n    option http-buffer-request/"
+_LOOPBACK = "s/^( *bind )\\*?:/\\1127.0.0.1:/"  # statistics and metrics, which are on all interfaces
 
 
 def obstacle(directory: Path) -> str | None:
@@ -98,9 +101,8 @@ def settings(directory: Path, host: str, environment: Mapping[str, str]) -> dict
         **_free_ports(host),
     }
     chosen = {name: value for name, value in chosen.items() if name not in environment}
-    if host == "127.0.0.1":
-        chosen["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_write_wrapper(directory))
-    return chosen
+    edits = [_BUFFER_REQUESTS, _LOOPBACK] if host == "127.0.0.1" else [_BUFFER_REQUESTS]
+    return {**chosen, "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(directory, edits))}
 
 
 def _free_ports(host: str) -> dict[str, str]:
@@ -115,12 +117,13 @@ def _free_ports(host: str) -> dict[str, str]:
     return {name: str(free_port(host)) for name, port in ports.items() if not can_bind(host, port)}
 
 
-def _write_wrapper(directory: Path) -> Path:
-    """At a path of its own for each binary, since another service of the user's may be starting."""
-    binary = find_binary()
-    path = directory / f"haproxy-{zlib.crc32(binary.encode()):08x}"
+def _write_wrapper(directory: Path, edits: Sequence[str]) -> Path:
+    """A command in place of HAProxy. Under a name of its own, since another service of the user's may be starting."""
+    expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits)
+    script = _WRAPPER.format(edits=expressions, binary=shlex.quote(find_binary()))
+    path = directory / f"haproxy-{zlib.crc32(script.encode()):08x}"
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(_WRAPPER.format(binary=shlex.quote(binary)))
+    draft.write_text(script)
     draft.chmod(0o700)
     draft.replace(path)
     return path

@@ -4,9 +4,11 @@ import ctypes
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,15 +35,23 @@ class Namespace:
         self._output = output
         self._inside = ThreadPoolExecutor(1, initializer=self._enter)  # a namespace belongs to a thread
 
-    @property
+    @cached_property
     def command(self) -> psutil.Process:
         """Itself; its parent only waits for it."""
-        [command] = psutil.Process(self._process.pid).children()
-        return command
+        deadline = time.monotonic() + 30
+        while not (children := psutil.Process(self._process.pid).children()):
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.01)
+        return children[0]
 
     @property
     def has_ended(self) -> bool:
         return self._process.poll() is not None
+
+    def run_inside(self, command: Sequence[str]) -> str:
+        """What another command writes in this network, among all processes."""
+        enter = ["nsenter", "-t", str(self.command.pid), "-n", *command]
+        return subprocess.run(enter, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
 
     def processes(self) -> list[psutil.Process]:
         return [self.command, *self.command.children(recursive=True)]

@@ -19,6 +19,11 @@ from tests.serve_app.network_namespace import ADDRESS, Namespace, may_make_names
 
 ROOT = Path(__file__).parents[2]
 SERVE = Path(sys.executable).with_name("serve")
+_LIST = """
+import json, psutil
+listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+print(json.dumps([(c.pid, c.laddr.ip, c.laddr.port) for c in listening]))
+"""
 LIMIT_S = 120.0  # for anything here, on a busy machine
 pytestmark = [
     pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
@@ -72,34 +77,35 @@ def get(path: str, headers: dict[str, str] | None = None) -> int:
         connection.close()
 
 
-def complete(
-    max_tokens: int, *, is_stream: bool = False
-) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+def ask(max_tokens: int, *, is_stream: bool = False, timeout_s: float = LIMIT_S) -> http.client.HTTPConnection:
+    """For a completion, with the body in a packet after the headers'."""
     fields = {"model": "smollm2-135m", "prompt": "Hello", "max_tokens": max_tokens, "ignore_eos": True}
-    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=LIMIT_S)
-    body = json.dumps({**fields, "stream": is_stream})
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    return connection, connection.getresponse()
+    body = json.dumps({**fields, "stream": is_stream}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=timeout_s)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    time.sleep(0.05)
+    connection.send(body)
+    return connection
 
 
 def kind(process: psutil.Process) -> str:
     """Such as ray::ProxyActor, or the script of a Python process."""
-    words = " ".join(process.cmdline()).split()
-    title = words[0].split(".")[0]
-    if title.startswith("ray::") or "python" not in Path(title).name:
-        return title if title.startswith("ray::") else Path(title).name
-    return next(Path(word).name for word in words[1:] if not word.startswith("-"))
+    words = " ".join(process.cmdline()).split()  # a title that a process has given itself is one word for psutil
+    name = words[0] if words[0].startswith("ray::") else Path(words[0]).name
+    if name.startswith("python"):
+        name = next(Path(word).name for word in words[1:] if not word.startswith("-"))
+    return name.split(".")[0] if name.startswith("ray::") else name
 
 
 def listeners(service: Namespace) -> list[tuple[str, str, int]]:
     """(kind of process, address, port) of everything that accepts connections."""
     found = []
-    for process in service.processes():
-        try:
-            connections, name = process.net_connections("tcp"), kind(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
-            continue  # it has ended
-        found += [(name, c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN]
+    for pid, ip, port in json.loads(service.run_inside([sys.executable, "-c", _LIST])):
+        assert pid is not None, (ip, port)
+        found.append((kind(psutil.Process(pid)), ip, port))
     return found
 
 

@@ -94,26 +94,25 @@ def test_a_port_that_is_taken_is_left_to_whoever_has_it(directory: Path, monkeyp
     assert "RAY_SERVE_HAPROXY_METRICS_PORT" not in chosen
 
 
-def test_on_loopback_haproxy_opens_nothing_to_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", [HOST, "0.0.0.0"])
+def test_haproxys_configuration_is_completed(directory: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """It opens nothing to others where Serve does not, and reads requests whole, by which it notices who leaves."""
     binary = directory.parent / "haproxy of mine"
     binary.write_text('#!/bin/sh\ncat "$3"; echo "$$ $*"\n')
     binary.chmod(0o755)
     monkeypatch.setattr(haproxy, "find_binary", lambda: str(binary))
     assert haproxy.obstacle(directory) is None
     configuration = directory.parent / "haproxy.cfg"
-    configuration.write_text("    bind :9101\n    bind 10.0.0.1:8000\n  bind *:8404\n    server a b:80 check\n")
-    wrapper = haproxy.settings(directory, HOST, {})["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    lines = ["    option abortonclose", "    bind :9101", "    bind 10.0.0.1:8000", "  bind *:8404", "  server a b:80"]
+    configuration.write_text("\n".join(lines) + "\n")
+    wrapper = haproxy.settings(directory, host, {})["RAY_SERVE_HAPROXY_BINARY_PATH"]
     arguments = ["-db", "-f", str(configuration), "-sf", "1 2"]
     with subprocess.Popen([wrapper, *arguments], stdout=subprocess.PIPE, text=True) as process:
         output = process.stdout.read() if process.stdout else ""
-    assert output.splitlines() == [
-        "    bind 127.0.0.1:9101",
-        "    bind 10.0.0.1:8000",
-        "  bind 127.0.0.1:8404",
-        "    server a b:80 check",
-        f"{process.pid} {' '.join(arguments)}",
-    ]
-    assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in haproxy.settings(directory, "0.0.0.0", {})
+    if host == HOST:
+        lines[1], lines[3] = "    bind 127.0.0.1:9101", "  bind 127.0.0.1:8404"
+    lines.insert(1, "    option http-buffer-request")
+    assert output.splitlines() == [*lines, f"{process.pid} {' '.join(arguments)}"]
 
 
 def test_a_ray_without_the_modes_is_warned_of_once_with_the_command() -> None:
