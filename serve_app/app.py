@@ -157,7 +157,7 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
     """
     from engine.runner.start_up import LoggedStartUp, Phase
 
-    start_up = LoggedStartUp(logger.info)
+    start_up = LoggedStartUp(_log_now)
     with start_up.phase(Phase.IMPORTS):
         from engine.llm_engine import LLMEngine
         from engine.loader.checkpoint import open_checkpoint
@@ -187,7 +187,7 @@ def load_draft(config: AppConfig) -> "LoadedDraft":
     """Runs in a draft replica."""
     from engine.runner.start_up import LoggedStartUp, Phase
 
-    start_up = LoggedStartUp(logger.info)
+    start_up = LoggedStartUp(_log_now)
     with start_up.phase(Phase.IMPORTS):
         from engine.loader.checkpoint import open_checkpoint
         from engine.speculative.draft_model import DraftModel
@@ -217,12 +217,19 @@ def load_served_model(config: AppConfig) -> "ServedModel":
     )
 
 
+def _log_now(line: str) -> None:
+    """Throughput-optimised Serve writes a replica's log to its file a thousand lines at a time."""
+    logger.info(line)
+    for handler in logger.handlers:
+        handler.flush()
+
+
 def _on_this_node(model: str) -> Path:
     """Usually there already; a replica on another node fetches it, and says so in its log."""
     from engine.loader.fetch import resolve_model
     from engine.loader.progress import PlainProgress
 
-    return resolve_model(model, cache_dir=cache_dir(), progress=PlainProgress(logger.info))
+    return resolve_model(model, cache_dir=cache_dir(), progress=PlainProgress(_log_now))
 
 
 def bind(

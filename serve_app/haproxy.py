@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from serve_app.ports import can_bind, free_port
@@ -18,27 +18,28 @@ from serve_app.ports import can_bind, free_port
 BUFFER_BYTES = 81_920
 # Serve restarts HAProxy when ingress replicas come or go. The old process goes on with what it has begun, and cuts that
 # off after this time, which in Serve is two minutes: a long answer takes longer. Serve lets nothing take an hour.
-_HARD_STOP_S = 3600
+HARD_STOP_S = 3600
 # How long an ingress replica that is to leave goes on accepting, for HAProxy to hear of it. Serve's 30 s are for
 # clusters and other people's load balancers; on one machine HAProxy hears of it in a moment.
 _MIN_DRAINING_S = 2
 _BINARY_TIMEOUT_S = 10.0
 # Of Unix sockets: /proc/net's limit is 107 bytes, and Serve and HAProxy append up to 80 of their own.
 _MAX_DIRECTORY_BYTES = 27
-# Serve has no word in these lines of its configuration. `exec` keeps the process id, by which Serve knows its HAProxy.
+# HAProxy 2.8 does not notice that a client leaves if the request's body came in another packet than its headers, as it
+# does from most clients, and was passed on by itself. Then an answer that is not streamed is computed to its end. Serve
+# has no setting for this option; it copies this one into its configuration as it is.
+BALANCE = "leastconn\n    option http-buffer-request"
+# Statistics and metrics are on all interfaces, and Serve has no word in that either. `exec` keeps the process id, by
+# which Serve knows its HAProxy.
 _WRAPPER = """#!/bin/sh
-# Written by Slipstream, which lets HAProxy do what Serve's configuration of it has no setting for.
+# Written by Slipstream. Whatever HAProxy would open on all interfaces, it opens for this machine alone.
 previous=
 for argument; do
-  [ "$previous" = -f ] && sed -i -E {edits} "$argument"
+  [ "$previous" = -f ] && sed -i -E 's/^( *bind )\\*?:/\\1127.0.0.1:/' "$argument"
   previous=$argument
 done
 exec {binary} "$@"
 """
-# HAProxy 2.8 does not notice that a client leaves if the request's body came in another packet than its headers, as it
-# does from most clients, and was passed on by itself. Then an answer that is not streamed is computed to its end.
-_BUFFER_REQUESTS = "s/^    option abortonclose$/&\\n    option http-buffer-request/"
-_LOOPBACK = "s/^( *bind )\\*?:/\\1127.0.0.1:/"  # statistics and metrics, which are on all interfaces
 
 
 def obstacle(directory: Path) -> str | None:
@@ -91,7 +92,8 @@ def settings(directory: Path, host: str, environment: Mapping[str, str]) -> dict
     """
     chosen = {
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_HARD_STOP_S),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": BALANCE,
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HARD_STOP_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_MIN_DRAINING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
@@ -101,8 +103,9 @@ def settings(directory: Path, host: str, environment: Mapping[str, str]) -> dict
         **_free_ports(host),
     }
     chosen = {name: value for name, value in chosen.items() if name not in environment}
-    edits = [_BUFFER_REQUESTS, _LOOPBACK] if host == "127.0.0.1" else [_BUFFER_REQUESTS]
-    return {**chosen, "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(directory, edits))}
+    if host == "127.0.0.1":
+        chosen["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_write_wrapper(directory))
+    return chosen
 
 
 def _free_ports(host: str) -> dict[str, str]:
@@ -117,10 +120,9 @@ def _free_ports(host: str) -> dict[str, str]:
     return {name: str(free_port(host)) for name, port in ports.items() if not can_bind(host, port)}
 
 
-def _write_wrapper(directory: Path, edits: Sequence[str]) -> Path:
+def _write_wrapper(directory: Path) -> Path:
     """A command in place of HAProxy. Under a name of its own, since another service of the user's may be starting."""
-    expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits)
-    script = _WRAPPER.format(edits=expressions, binary=shlex.quote(find_binary()))
+    script = _WRAPPER.format(binary=shlex.quote(find_binary()))
     path = directory / f"haproxy-{zlib.crc32(script.encode()):08x}"
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_text(script)

@@ -1,4 +1,6 @@
+import logging
 import socket
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,23 @@ def test_a_replicas_log_tells_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     ):
         assert text.count(phrase) == 1
     assert lines[-1].startswith("ready in ")
+
+
+def test_a_replicas_log_is_written_as_it_starts(tmp_path: Path) -> None:
+    """Serve holds lines back, by the thousand in its throughput-optimised mode."""
+    written: list[str] = []
+    target = logging.Handler()
+    target.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
+    held_back = MemoryHandler(1000, target=target)
+    level = logger.level
+    logger.addHandler(held_back)
+    logger.setLevel(logging.INFO)
+    try:
+        load_engine(parse_config({"model": str(write_tiny_model(tmp_path)), "device": "cpu", "num_kv_blocks": "200"}))
+        assert written[-1].startswith("ready in ")
+    finally:
+        logger.removeHandler(held_back)
+        logger.setLevel(level)
 
 
 def test_busy_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,25 +94,30 @@ def test_a_port_that_is_taken_is_left_to_whoever_has_it(directory: Path, monkeyp
     assert "RAY_SERVE_HAPROXY_METRICS_PORT" not in chosen
 
 
-@pytest.mark.parametrize("host", [HOST, "0.0.0.0"])
-def test_haproxys_configuration_is_completed(directory: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    """It opens nothing to others where Serve does not, and reads requests whole, by which it notices who leaves."""
+def test_on_loopback_haproxy_opens_nothing_to_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = directory.parent / "haproxy of mine"
     binary.write_text('#!/bin/sh\ncat "$3"; echo "$$ $*"\n')
     binary.chmod(0o755)
     monkeypatch.setattr(haproxy, "find_binary", lambda: str(binary))
     assert haproxy.obstacle(directory) is None
     configuration = directory.parent / "haproxy.cfg"
-    lines = ["    option abortonclose", "    bind :9101", "    bind 10.0.0.1:8000", "  bind *:8404", "  server a b:80"]
+    lines = ["    bind :9101", "    bind 10.0.0.1:8000", "  bind *:8404", "  server a b:80"]
     configuration.write_text("\n".join(lines) + "\n")
-    wrapper = haproxy.settings(directory, host, {})["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    wrapper = haproxy.settings(directory, HOST, {})["RAY_SERVE_HAPROXY_BINARY_PATH"]
     arguments = ["-db", "-f", str(configuration), "-sf", "1 2"]
     with subprocess.Popen([wrapper, *arguments], stdout=subprocess.PIPE, text=True) as process:
         output = process.stdout.read() if process.stdout else ""
-    if host == HOST:
-        lines[1], lines[3] = "    bind 127.0.0.1:9101", "  bind 127.0.0.1:8404"
-    lines.insert(1, "    option http-buffer-request")
+    lines[0], lines[2] = "    bind 127.0.0.1:9101", "  bind 127.0.0.1:8404"
     assert output.splitlines() == [*lines, f"{process.pid} {' '.join(arguments)}"]
+    assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in haproxy.settings(directory, "0.0.0.0", {})
+
+
+def test_serve_copies_what_it_has_no_setting_for_into_haproxys_configuration() -> None:
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    [line] = [line for line in HAPROXY_CONFIG_TEMPLATE.splitlines() if "balance_algorithm" in line]
+    assert line == "    balance {{ config.balance_algorithm }}"
+    assert HAPROXY_CONFIG_TEMPLATE.index("\ndefaults\n") < HAPROXY_CONFIG_TEMPLATE.index(line)
 
 
 def test_a_ray_without_the_modes_is_warned_of_once_with_the_command() -> None:
