@@ -61,7 +61,7 @@ class Namespace:
 
     def inside(self, function: Callable[[], T]) -> T:
         """What the function gives in a thread that is in this network."""
-        return self._inside.submit(function).result(timeout=120)
+        return self._inside.submit(function).result(timeout=300)
 
     def _enter(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -24,10 +24,10 @@ import json, psutil
 listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
 print(json.dumps([(c.pid, c.laddr.ip, c.laddr.port) for c in listening]))
 """
-LIMIT_S = 120.0  # for anything here, on a busy machine
+LIMIT_S = 200.0  # for anything here, on a busy machine
 pytestmark = [
     pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.xdist_group("cluster"),  # not beside the other one
 ]
 
