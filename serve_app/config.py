@@ -86,6 +86,7 @@ _OptionalCountFrom0 = Annotated[
 _OptionalDepth = Annotated[_AboveZero | None, _NoneFromText, Field(description="none or a number above 0")]
 _MOST = MAX_DRAFT_TOKENS
 _WITH_DRAFT_MODEL = ("local", "remote")
+_Method = Literal["auto", "off", "ngram", "local", "remote"]
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
 
@@ -137,8 +138,9 @@ class AppConfig(BaseModel):
     ingress_target_queue_depth: _OptionalDepth = None
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
-    speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = Field(
-        "auto", description="one of auto, off, ngram, local, remote"
+    proxy: Literal["auto", "haproxy", "ray"] = Field("auto", description="one of auto, haproxy, ray")
+    speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = (
+        Field("auto", description="one of auto, off, ngram, local, remote")
     )
     draft_model: Annotated[_Text | None, _NoneFromText] = Field(
         None, validate_default=True, description="none, or like model: a catalogue name, a path or a hub id"
