@@ -86,7 +86,6 @@ _OptionalCountFrom0 = Annotated[
 _OptionalDepth = Annotated[_AboveZero | None, _NoneFromText, Field(description="none or a number above 0")]
 _MOST = MAX_DRAFT_TOKENS
 _WITH_DRAFT_MODEL = ("local", "remote")
-_Method = Literal["auto", "off", "ngram", "local", "remote"]
 _Cpus = Annotated[_AboveZero, Field(description="a number above 0, such as 0.5")]
 
 
