@@ -1,0 +1,86 @@
+"""The first process in the namespaces: python -m tests.cluster.driver DIRECTORY. Started by tests.cluster.launch."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.cluster.isolation import bring_loopback_up, is_isolated
+from tests.cluster.story import Report, tell
+
+REPORT = "report.json"
+LIMIT_S = 280.0
+NUM_CLIENTS = 12  # more than all engines should have
+VOCAB_SIZE = 4096  # of the tiny model: tokens of the default model's tokenizer
+_NUM_LOG_LINES = 30
+_NOISE = "Dropping the empty legacy field"
+
+
+def main(directory: Path) -> None:
+    started_s = time.monotonic()
+    if not is_isolated():
+        raise SystemExit("this would disturb every Ray on the machine: use python -m tests.cluster")
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    limit = threading.Timer(LIMIT_S, _give_up)
+    limit.daemon = True
+    limit.start()
+    report = Report()
+
+    def note(what: str) -> None:
+        report.timeline.append((time.monotonic() - started_s, what))
+        print(f"{report.timeline[-1][0]:6.1f} s  {what}", flush=True)
+        (directory / REPORT).write_text(json.dumps(report.as_dict()))
+
+    bring_loopback_up()
+    _run(directory, report, note)
+    (directory / REPORT).write_text(json.dumps(report.as_dict()))
+    if report.failures:
+        print("\n".join(_logs(directory)), flush=True)
+    sys.stdout.flush()
+    os._exit(bool(report.failures))  # and with this process, all others in the namespace
+
+
+def _run(directory: Path, report: Report, note: Callable[[str], None]) -> None:
+    import ray
+
+    from tests.cluster import service
+    from tests.cluster.fake_nodes import start_head
+    from tests.cluster.load import Load, known_answers
+    from tests.tiny_models import write_tiny_model
+
+    model = write_tiny_model(directory / "model", vocab_size=VOCAB_SIZE)
+    known = known_answers(model, VOCAB_SIZE, NUM_CLIENTS)
+    note(f"{len(known)} answers are known")
+    start_head(directory)
+    ray.init(log_to_driver=False, logging_level="warning")
+    note("the head is up")
+    service.deploy(model)
+    note("the service is deployed")
+    tell(Load(f"{service.URL}/v1", known), report, note)
+
+
+def _end_with_launcher() -> None:
+    """However it ends, its end of the pipe is closed."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
+def _give_up() -> None:
+    print(f"gave up after {LIMIT_S:g} s", flush=True)
+    os._exit(1)
+
+
+def _logs(directory: Path) -> Iterator[str]:
+    """The ends of what the autoscaler and Serve's controller have to say."""
+    logs = directory / "session_latest" / "logs"
+    for path in (logs / "monitor.log", logs / "monitor.err", *sorted((logs / "serve").glob("controller*.log"))):
+        yield f"--- {path.name}"
+        yield from [line for line in path.read_text().splitlines() if _NOISE not in line][-_NUM_LOG_LINES:]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
