@@ -1,11 +1,13 @@
 """The first process in the namespaces: python -m tests.cluster.driver DIRECTORY. Started by tests.cluster.launch."""
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.cluster.isolation import bring_loopback_up, is_isolated
@@ -30,13 +32,11 @@ def main(directory: Path) -> None:
     report = Report()
 
     def note(what: str) -> None:
-        report.timeline.append((time.monotonic() - started_s, what))
-        print(f"{report.timeline[-1][0]:6.1f} s  {what}", flush=True)
-        (directory / REPORT).write_text(json.dumps(report.as_dict()))
+        print(f"{time.monotonic() - started_s:6.1f} s  {what}", flush=True)
 
     bring_loopback_up()
     _run(directory, report, note)
-    (directory / REPORT).write_text(json.dumps(report.as_dict()))
+    (directory / REPORT).write_text(json.dumps(asdict(report)))
     if report.failures:
         print("\n".join(_logs(directory)), flush=True)
     sys.stdout.flush()
@@ -55,6 +55,7 @@ def _run(directory: Path, report: Report, note: Callable[[str], None]) -> None:
     known = known_answers(model, VOCAB_SIZE, NUM_CLIENTS)
     note(f"{len(known)} answers are known")
     start_head(directory)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(log_to_driver=False, logging_level="warning")
     note("the head is up")
     service.deploy(model)

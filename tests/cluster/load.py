@@ -69,7 +69,7 @@ class Load:
     def __init__(self, url: str, known: Sequence[Known]) -> None:
         self.faults: list[str] = []
         self.num_answered = 0
-        self.longest_pause_s = 0.0  # of any answer, between two events
+        self.longest_pause_s = 0.0  # in any answer
         self._url = url
         self._known = known
         self._answered_s = [-float("inf")] * len(known)  # when each client had its last answer

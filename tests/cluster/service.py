@@ -14,6 +14,7 @@ from loadtest.chaos_cluster import ServiceMetrics
 from serve_app import replica_counts
 from serve_app.app import bind, load_served_model
 from serve_app.config import parse_config
+from serve_app.failover import Loss
 from tests.cluster.fake_nodes import MAX_WORKERS
 from tests.serve_app.slow_engine import load_slow_engine
 
@@ -88,8 +89,9 @@ def readiness() -> str:
     return str(httpx.get(f"{URL}/ready", timeout=_ASK_S).json()["state"])
 
 
-def resumed_streams() -> dict[str, float]:
-    """How many have lost their replica and went on elsewhere, by reason."""
+def num_resumed() -> int:
+    """Streams that lost their replica without its notice, and went on elsewhere."""
     metrics = ServiceMetrics()
     metrics.read()
-    return metrics.by("resumed_streams_total", "reason")
+    by_reason = metrics.by("resumed_streams_total", "reason")
+    return int(sum(by_reason.get(reason, 0.0) for reason in (Loss.FAILED, Loss.SILENT)))
