@@ -1,4 +1,4 @@
-"""Namespaces of Linux: a process that has its own loopback and sees no process but its own, all of which end with it."""
+"""Namespaces of Linux: a process that has its own loopback and sees only what it started, all of which ends with it."""
 
 import fcntl
 import os
