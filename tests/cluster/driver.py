@@ -9,11 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
+import ray
+
+from tests.cluster import service
+from tests.cluster.fake_nodes import HeadError, start_head
 from tests.cluster.isolation import bring_loopback_up, is_isolated
+from tests.cluster.load import Load, known_answers
 from tests.cluster.story import Report, tell
+from tests.tiny_models import write_tiny_model
 
 REPORT = "report.json"
+NO_HEAD = 75  # this process's exit status when it is worth another try
 LIMIT_S = 280.0
 NUM_CLIENTS = 12  # more than all engines should have
 VOCAB_SIZE = 4096  # of the tiny model: tokens of the default model's tokenizer
@@ -35,22 +43,18 @@ def main(directory: Path) -> None:
         print(f"{time.monotonic() - started_s:6.1f} s  {what}", flush=True)
 
     bring_loopback_up()
-    _run(directory, report, note)
+    try:
+        _run(directory, report, note)
+    except HeadError as error:
+        note(str(error))
+        _end(NO_HEAD)
     (directory / REPORT).write_text(json.dumps(asdict(report)))
     if report.failures:
         print("\n".join(_logs(directory)), flush=True)
-    sys.stdout.flush()
-    os._exit(bool(report.failures))  # and with this process, all others in the namespace
+    _end(bool(report.failures))
 
 
 def _run(directory: Path, report: Report, note: Callable[[str], None]) -> None:
-    import ray
-
-    from tests.cluster import service
-    from tests.cluster.fake_nodes import start_head
-    from tests.cluster.load import Load, known_answers
-    from tests.tiny_models import write_tiny_model
-
     model = write_tiny_model(directory / "model", vocab_size=VOCAB_SIZE)
     known = known_answers(model, VOCAB_SIZE, NUM_CLIENTS)
     note(f"{len(known)} answers are known")
@@ -67,12 +71,18 @@ def _end_with_launcher() -> None:
     """However it ends, its end of the pipe is closed."""
     while os.read(sys.stdin.fileno(), 1):
         pass
-    os._exit(1)
+    _end(1)
 
 
 def _give_up() -> None:
-    print(f"gave up after {LIMIT_S:g} s", flush=True)
-    os._exit(1)
+    print(f"gave up after {LIMIT_S:g} s")
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process, and with the first one all others in the namespace."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _logs(directory: Path) -> Iterator[str]:

@@ -27,6 +27,10 @@ _EMPTY_LISTS = (
 )
 
 
+class HeadError(Exception):
+    """Ray's head did not start. It has 30 s for that, whatever else the machine does."""
+
+
 def cluster_config() -> dict[str, Any]:
     """What cluster.yaml is elsewhere."""
     return {
@@ -73,7 +77,11 @@ def ray_environment(directory: Path) -> dict[str, str]:
 
 
 def start_head(directory: Path) -> None:
-    """Starts Ray's head without a GPU, its files in `directory`."""
+    """Starts Ray's head without a GPU, its files in `directory`.
+
+    Raises:
+        HeadError: it did not start. Some of its processes may be left.
+    """
     config = directory / "cluster.json"
     config.write_text(json.dumps(cluster_config()))
     of_autoscaler = {
@@ -90,7 +98,8 @@ def start_head(directory: Path) -> None:
     # 10 s is long to wait for metrics that are looked at
     command += [f"--autoscaling-config={config}", '--system-config={"metrics_report_interval_ms":1000}']
     done = subprocess.run(command, env=os.environ | of_autoscaler, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if done.returncode:
+        raise HeadError(done.stdout + done.stderr)
 
 
 def raylet_of(node_id: str) -> psutil.Process:

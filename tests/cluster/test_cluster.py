@@ -10,7 +10,7 @@ from tests.cluster.launch import run_isolated
 from tests.cluster.story import Report
 
 # Two clusters at once are too much for a small machine.
-pytestmark = [pytest.mark.timeout(320), pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("cluster")]
 
 
 @pytest.fixture(scope="module")
