@@ -10,6 +10,7 @@ import os
 import secrets
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def start_head(directory: Path) -> None:
 
 def raylet_of(node_id: str) -> psutil.Process:
     """The process that is a node; what runs on the node are its children."""
-    for process in psutil.process_iter():
-        if process.name() == "raylet" and f"--node_id={node_id}" in process.cmdline():
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and f"--node_id={node_id}" in (process.info["cmdline"] or ()):
             return process
     raise LookupError(f"no raylet of node {node_id}")
 
@@ -115,5 +116,6 @@ def lose_node(node_id: str) -> int:
     raylet = raylet_of(node_id)
     processes = [raylet, *raylet.children(recursive=True)]
     for process in processes:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it saw its raylet die
+            process.kill()
     return len(processes)
