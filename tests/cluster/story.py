@@ -58,13 +58,15 @@ class Story:
         self._until(find_victim, "two engines have streams")
         victim = victims[0]
         num_streams = victim.stats.num_requests_running
+        num_before = service.num_resumed()
         self._load.longest_pause_s = 0.0
         lost_s = time.monotonic()
         num_killed = lose_node(victim.node_id)
         self._note(f"node {victim.node_id[-2:]} is lost: {num_killed} processes killed, {num_streams} streams cut")
         self._until(lambda _: self._load.all_answered_since(lost_s), "every client has another answer")
-        self._until(lambda _: service.num_resumed() > 0, "the service says that streams were resumed")
-        self._note(f"{service.num_resumed()} streams were; the longest pause was {self._load.longest_pause_s:.1f} s")
+        self._until(lambda _: service.num_resumed() > num_before, "the service says that streams were resumed")
+        num_resumed = service.num_resumed() - num_before
+        self._note(f"{num_resumed} streams were; the longest pause was {self._load.longest_pause_s:.1f} s")
         self._until(lambda view: victim.node_id not in view.gpu_nodes, "Ray knows that the node is dead")
         self._until(lambda view: bool(view.gpu_nodes - before), "a new node joins")
         whole = self._until(lambda view: view.num_running == service.NUM_ENGINES, "as many engines run as before")
