@@ -16,7 +16,7 @@ from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
-from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.group_stream import GroupStream, Outbox, ReplicaLoad, requests_of
 from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
@@ -30,6 +30,7 @@ from serve_app.messages import (
 from serve_app.metrics import REPORT_S, EngineMetrics
 
 STOP_TIMEOUT_S = 10.0  # for the step under way
+LOAD_VALID_S = 0.02  # ingresses that hear it late all choose the same replica; frames of many groups tell the same
 
 
 class Engine:
@@ -47,7 +48,7 @@ class Engine:
     ) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
-        self._num_requests = 0
+        self._load_now, self._load_s = ReplicaLoad(0, 0), -LOAD_VALID_S
         self._num_taken = 0  # requests, since the start
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
@@ -71,7 +72,7 @@ class Engine:
             yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
             return
         requests = requests_of(message)
-        group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
+        group = GroupStream((request.request_id for request in requests), self._load)
         self._groups[message.group_id] = group
         self._num_taken += len(requests)
         try:
@@ -82,12 +83,24 @@ class Engine:
             except SlipstreamError as error:
                 yield self._refusal(str(error), is_full=isinstance(error, EngineFullError))
                 return
-            yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
+            yield encode(self._opening(message.attempt))
             async for frame in group.frames():
                 yield frame
         finally:
             del self._groups[message.group_id]
             self._abort(group.unfinished_ids)
+
+    def _opening(self, attempt: int) -> Opening:
+        return Opening(self._replica_id, attempt, self._fingerprint, self._engine.stats().num_blocks)
+
+    def _load(self) -> ReplicaLoad:
+        """Counted here, not by the engine, which learns of new requests between two steps."""
+        now_s = time.monotonic()
+        if now_s - self._load_s >= LOAD_VALID_S:
+            num_requests = sum(group.num_unfinished for group in self._groups.values())
+            num_waiting = max(0, num_requests - self._engine.stats().num_requests_running)
+            self._load_now, self._load_s = ReplicaLoad(num_requests, num_waiting), now_s
+        return self._load_now
 
     def _refusal(self, reason: str, fingerprint: str = "", *, is_full: bool = False) -> bytes:
         return encode(Refusal(reason, self._replica_id, fingerprint, is_full))
@@ -147,13 +160,11 @@ class Engine:
                     self._abort(group.unfinished_ids)  # should the engine only have been slow
                     group.abandon(str(error))
                 continue
-            stats = self._engine.stats()
-            self._num_requests = stats.num_requests_running + stats.num_requests_waiting
             for group in self._groups.values():
                 group.tick()
             if time.monotonic() - reported_s >= REPORT_S:
                 reported_s = time.monotonic()
-                self._metrics.report(stats)
+                self._metrics.report(self._engine.stats())
 
     async def __del__(self) -> None:
         """Serve awaits this once the calls have ended, or when the time for draining is over."""

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import NamedTuple
 
 from engine.request import FinishReason, Request, RequestOutput
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, encode, to_wire
@@ -33,16 +34,23 @@ def requests_of(submission: Submission) -> list[Request]:
     ]
 
 
+class ReplicaLoad(NamedTuple):
+    """Of the replica, as its frames tell."""
+
+    num_requests: int
+    num_waiting: int  # of those, the ones that the engine has not begun
+
+
 class GroupStream:
     """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread."""
 
-    def __init__(self, request_ids: Iterable[str], num_requests: Callable[[], int]) -> None:
+    def __init__(self, request_ids: Iterable[str], load: Callable[[], ReplicaLoad]) -> None:
         self.request_ids = list(request_ids)
         self._member_of = {request_id: member for member, request_id in enumerate(self.request_ids)}
         self._buffers = [OutputBuffer() for _ in self.request_ids]
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
-        self._num_requests = num_requests
+        self._load = load
         self._wake = asyncio.Event()
         self._sequence = 0
         self._acknowledged = 0
@@ -107,7 +115,7 @@ class GroupStream:
             elif self._heartbeat_due:
                 self._sequence += 1
                 self._sent()
-                yield encode(Heartbeat(self._sequence, self._num_requests()))
+                yield encode(Heartbeat(self._sequence, *self._load()))
 
     def _token_frame(self) -> bytes:
         outputs = []
@@ -118,7 +126,7 @@ class GroupStream:
         self._dirty.clear()
         self._sequence += 1
         self._sent()
-        return encode(TokenFrame(self._sequence, self._num_requests(), outputs))
+        return encode(TokenFrame(self._sequence, *self._load(), outputs))
 
     def _sent(self) -> None:
         self._silent = self._heartbeat_due = False
