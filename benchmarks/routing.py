@@ -2,19 +2,27 @@
 
 import heapq
 import itertools
+import json
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean, quantiles
+from typing import Annotated
 
-from benchmarks.autoscaling.service import ServiceCurve
-from serve_app.placement import Candidate, PlacementRule
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.autoscaling.service import CURVES, CurveName, ServiceCurve
+from serve_app.placement import HOME_REQUESTS, TOKENS_PER_REQUEST, Candidate, PlacementRule
 from serve_app.prefix_index import PrefixIndex
 
 BLOCK_SIZE = 16
-REPORT_S = 0.02  # how old an engine's number of requests may be, see serve_app.engine_deployment
+REPORT_S = 0.02  # how old an engine's number of requests may be: a few of its steps
 DECODE_STEPS = 4  # that are simulated at once where no prompt is computed
 WARM_UP = 0.2  # of the time, which is not counted
 
@@ -109,9 +117,6 @@ class Engine:
         return done
 
 
-Choose = Callable[["Ingress", Turn], int]
-
-
 class Ingress:
     """What one ingress knows: its own requests at once, those of others as of the last report."""
 
@@ -158,6 +163,7 @@ class Simulation:
     rule: PlacementRule | None  # None: power of two choices
     cache_blocks: int = 16_384
     seed: int = 0
+    _rng: random.Random = field(init=False)
     _events: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
     _serial: Iterator[int] = field(default_factory=itertools.count)
     _imbalances: list[float] = field(default_factory=list)
@@ -253,3 +259,90 @@ class Simulation:
             e2e_mean_s=fmean(end_s - turn.sent_s for turn, end_s in self._done),
             finished_per_s=len(self._done) / (self.duration_s * (1 - WARM_UP)),
         )
+
+
+# Under what is below, an engine alone has some 60 streams; a flood shares one long beginning.
+TRAFFICS = {
+    "conversations": (Traffic(), 60.0),
+    "flood": (Traffic(system_prompts=1, system_tokens=2048, turns=1.0, unrelated=0.1), 110.0),
+}
+RULES: tuple[tuple[float, float] | None, ...] = (
+    None,
+    (1, 0),
+    (32, 0),
+    (TOKENS_PER_REQUEST, 0),
+    (512, 0),
+    (32, HOME_REQUESTS),
+    (TOKENS_PER_REQUEST, HOME_REQUESTS),
+    (TOKENS_PER_REQUEST, 2 * HOME_REQUESTS),
+    (512, HOME_REQUESTS),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    traffic: str
+    num_engines: int
+    num_ingresses: int
+    rule: tuple[float, float] | None  # tokens for a request, requests for a home; None: power of two choices
+
+    def run(self, curve: CurveName, duration_s: float, seed: int) -> Outcome:
+        traffic, rate = TRAFFICS[self.traffic]
+        rule = None if self.rule is None else PlacementRule(BLOCK_SIZE, *self.rule)
+        return Simulation(
+            CURVES[curve], traffic, self.num_engines, self.num_ingresses, rate, duration_s, rule, seed=seed
+        ).run()
+
+
+def table_of(results: Sequence[tuple[Case, Outcome]]) -> Table:
+    table = Table()
+    names = ("traffic", "engines", "ingresses", "rule", "hits", "busiest", "TTFT", "p99", "end to end")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("traffic", "rule") else "right")
+    for case, outcome in results:
+        rule = "power of two" if case.rule is None else f"{case.rule[0]:g} tokens, home {case.rule[1]:g}"
+        table.add_row(
+            case.traffic,
+            str(case.num_engines),
+            str(case.num_ingresses),
+            rule,
+            f"{outcome.hit_rate:.1%}",
+            f"{outcome.imbalance:.2f}",
+            f"{outcome.ttft_mean_s * 1e3:.1f} ms",
+            f"{outcome.ttft_p99_s * 1e3:.0f} ms",
+            f"{outcome.e2e_mean_s:.3f} s",
+        )
+    return table
+
+
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def main(
+    traffics: Annotated[list[str] | None, typer.Option("--traffic", help="May be repeated; all if left out.")] = None,
+    curve: Annotated[CurveName, typer.Option(help="What a replica does.")] = CurveName.TINYLLAMA_H100,
+    engines: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
+    ingresses: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
+    duration_s: Annotated[float, typer.Option(min=1)] = 30.0,
+    seed: int = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+) -> None:
+    """Simulate conversations, shared beginnings and unrelated prompts against measured service curves."""
+    unknown = set(traffics or ()) - TRAFFICS.keys()
+    if unknown:
+        raise typer.BadParameter(f"{unknown.pop()} is none of {', '.join(TRAFFICS)}", param_hint="--traffic")
+    cases = [
+        Case(*case) for case in itertools.product(traffics or TRAFFICS, engines or (2, 8), ingresses or (1, 3), RULES)
+    ]
+    with ProcessPoolExecutor() as pool:
+        futures = [pool.submit(case.run, curve, duration_s, seed) for case in cases]
+        results = [(case, future.result()) for case, future in zip(cases, futures, strict=True)]
+    Console(width=None if Console().is_terminal else 150).print(table_of(results))
+    if json_path is not None:
+        found = [asdict(case) | asdict(outcome) for case, outcome in results]
+        json_path.write_text(json.dumps({"curve": curve, "seed": seed, "results": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli()

@@ -16,7 +16,7 @@ from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
-from serve_app.group_stream import GroupStream, Outbox, ReplicaLoad, requests_of
+from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of
 from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
@@ -30,7 +30,6 @@ from serve_app.messages import (
 from serve_app.metrics import REPORT_S, EngineMetrics
 
 STOP_TIMEOUT_S = 10.0  # for the step under way
-LOAD_VALID_S = 0.02  # ingresses that hear it late all choose the same replica; frames of many groups tell the same
 
 
 class Engine:
@@ -48,7 +47,7 @@ class Engine:
     ) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
-        self._load_now, self._load_s = ReplicaLoad(0, 0), -LOAD_VALID_S
+        self._occupancy = Occupancy(lambda: self._engine.stats().num_requests_running)
         self._num_taken = 0  # requests, since the start
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
@@ -72,7 +71,7 @@ class Engine:
             yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
             return
         requests = requests_of(message)
-        group = GroupStream((request.request_id for request in requests), self._load)
+        group = GroupStream((request.request_id for request in requests), self._occupancy)
         self._groups[message.group_id] = group
         self._num_taken += len(requests)
         try:
@@ -89,18 +88,10 @@ class Engine:
         finally:
             del self._groups[message.group_id]
             self._abort(group.unfinished_ids)
+            group.leave()
 
     def _opening(self, attempt: int) -> Opening:
         return Opening(self._replica_id, attempt, self._fingerprint, self._engine.stats().num_blocks)
-
-    def _load(self) -> ReplicaLoad:
-        """Counted here, not by the engine, which learns of new requests between two steps."""
-        now_s = time.monotonic()
-        if now_s - self._load_s >= LOAD_VALID_S:
-            num_requests = sum(group.num_unfinished for group in self._groups.values())
-            num_waiting = max(0, num_requests - self._engine.stats().num_requests_running)
-            self._load_now, self._load_s = ReplicaLoad(num_requests, num_waiting), now_s
-        return self._load_now
 
     def _refusal(self, reason: str, fingerprint: str = "", *, is_full: bool = False) -> bytes:
         return encode(Refusal(reason, self._replica_id, fingerprint, is_full))
@@ -129,7 +120,7 @@ class Engine:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls it where the number of replicas may vary."""
-        num_ongoing = sum(group.num_unfinished for group in self._groups.values())
+        num_ongoing = self._occupancy.num_requests
         return self._meter.report(time.monotonic(), num_ongoing, self._num_taken - num_ongoing, self._engine.stats())
 
     async def check_health(self) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import NamedTuple
 
 from engine.request import FinishReason, Request, RequestOutput
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, encode, to_wire
@@ -34,23 +33,32 @@ def requests_of(submission: Submission) -> list[Request]:
     ]
 
 
-class ReplicaLoad(NamedTuple):
-    """Of the replica, as its frames tell."""
+class Occupancy:
+    """Of one replica, whose groups count in it. Exact in every frame: ingresses that hear old news all choose the same
+    replica."""
 
-    num_requests: int
-    num_waiting: int  # of those, the ones that the engine has not begun
+    def __init__(self, num_running: Callable[[], int]) -> None:
+        """num_running: requests, as the engine told last."""
+        self.num_requests = 0
+        self._num_running = num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the engine has not begun, or not told yet that it has."""
+        return max(0, self.num_requests - self._num_running())
 
 
 class GroupStream:
     """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread."""
 
-    def __init__(self, request_ids: Iterable[str], load: Callable[[], ReplicaLoad]) -> None:
+    def __init__(self, request_ids: Iterable[str], occupancy: Occupancy) -> None:
         self.request_ids = list(request_ids)
         self._member_of = {request_id: member for member, request_id in enumerate(self.request_ids)}
         self._buffers = [OutputBuffer() for _ in self.request_ids]
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
-        self._load = load
+        self._occupancy = occupancy
+        occupancy.num_requests += len(self.request_ids)
         self._wake = asyncio.Event()
         self._sequence = 0
         self._acknowledged = 0
@@ -62,10 +70,6 @@ class GroupStream:
     def unfinished_ids(self) -> list[str]:
         return [self.request_ids[member] for member in sorted(self._unfinished)]
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._unfinished)
-
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             member = self._member_of[output.request_id]
@@ -75,6 +79,7 @@ class GroupStream:
             self._dirty[member] = None
             if output.finish_reason is not None:
                 self._unfinished.discard(member)
+                self._occupancy.num_requests -= 1
         self._wake.set()
 
     def abandon(self, reason: str) -> None:
@@ -83,6 +88,11 @@ class GroupStream:
             RequestOutput(request_id=request_id, finish_reason=FinishReason.ABORT, error=reason)
             for request_id in self.unfinished_ids
         )
+
+    def leave(self) -> None:
+        """Nobody reads any more: what is unfinished counts no longer, and what comes of it is dropped."""
+        self._occupancy.num_requests -= len(self._unfinished)
+        self._unfinished.clear()
 
     def acknowledge(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
@@ -115,7 +125,7 @@ class GroupStream:
             elif self._heartbeat_due:
                 self._sequence += 1
                 self._sent()
-                yield encode(Heartbeat(self._sequence, *self._load()))
+                yield encode(Heartbeat(self._sequence, self._occupancy.num_requests, self._occupancy.num_waiting))
 
     def _token_frame(self) -> bytes:
         outputs = []
@@ -126,7 +136,7 @@ class GroupStream:
         self._dirty.clear()
         self._sequence += 1
         self._sent()
-        return encode(TokenFrame(self._sequence, *self._load(), outputs))
+        return encode(TokenFrame(self._sequence, self._occupancy.num_requests, self._occupancy.num_waiting, outputs))
 
     def _sent(self) -> None:
         self._silent = self._heartbeat_due = False

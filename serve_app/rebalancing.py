@@ -35,7 +35,8 @@ class Queued(Generic[Item]):
 
 class Rebalancer(Generic[Item]):
     """Asked again and again. Only what has waited since the last time counts: engines learn of new requests between
-    two steps, so for a moment every request waits."""
+    two steps, so for a moment every request waits. After moves it skips one time: what the replicas tell until then
+    may be of before."""
 
     def __init__(self) -> None:
         self._waiting_before: dict[str, float] = {}
@@ -63,6 +64,8 @@ class Rebalancer(Generic[Item]):
             if source.num_requests - target.num_requests > queued.cost_requests:
                 plan.count(source, target, queued.num_requests)
                 moves.append((queued.item, target.replica_id))
+        if moves:
+            self._waiting_before = {}
         return moves
 
 

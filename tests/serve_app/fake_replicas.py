@@ -13,6 +13,7 @@ from serve_app.messages import (
     MemberOutput,
     Opening,
     TokenFrame,
+    decode_control,
     decode_submission,
     encode,
 )
@@ -84,6 +85,7 @@ class FakeReplicas:
     def __init__(self, *replica_ids: str) -> None:
         self.calls: list[FakeCall] = []
         self.fingerprints: dict[str, str] = {}  # of replicas that answer how they are
+        self.aborted: list[tuple[str, str, int]] = []  # replica, group, member
         self.told = Told()
         self.run(*replica_ids)
 
@@ -102,8 +104,10 @@ class FakeReplicas:
         self.calls.append(call := FakeCall(submission, replica_id))
         return call
 
-    async def _control(self, _message: bytes, **_: str) -> None:
+    async def _control(self, message: bytes, replica_id: str) -> None:
         """Credit and aborts."""
+        for group_id, members in decode_control(message).aborted.items():
+            self.aborted += [(replica_id, group_id, member) for member in members]
 
     async def _status(self, replica_id: str) -> bytes:
         while replica_id not in self.fingerprints:  # it is stopped, or dead
