@@ -3,7 +3,6 @@
 import heapq
 import itertools
 import json
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ class Traffic:
     turns: float = 5.0  # of a conversation, in the mean
     message_tokens: float = 64.0
     answer_tokens: float = 192.0
-    pause_s: float = 8.0  # from an answer to the next turn
+    pause_s: float = 2.0  # from an answer to the next turn
     unrelated: float = 0.4  # of the first turns, the part that is a prompt of its own
     unrelated_tokens: int = 512
 
@@ -55,8 +54,9 @@ class Turn:
     first_s: float = 0.0
 
 
-def blocks(tokens: float) -> list[bytes]:
-    return [os.urandom(16) for _ in range(max(1, round(tokens / BLOCK_SIZE)))]
+def blocks(tokens: float, rng: random.Random) -> list[bytes]:
+    """New ones, that nobody has."""
+    return [rng.randbytes(16) for _ in range(max(1, round(tokens / BLOCK_SIZE)))]
 
 
 class Engine:
@@ -171,7 +171,7 @@ class Simulation:
 
     def run(self) -> Outcome:
         self._rng = random.Random(self.seed)
-        self._systems = [blocks(self.traffic.system_tokens) for _ in range(self.traffic.system_prompts)]
+        self._systems = [blocks(self.traffic.system_tokens, self._rng) for _ in range(self.traffic.system_prompts)]
         self._engines = [Engine(self.curve, self.cache_blocks) for _ in range(self.num_engines)]
         self._ingresses = [Ingress(self._engines, self._rng, self.rule) for _ in range(self.num_ingresses)]
         self._at(0.0, self._arrive)
@@ -191,7 +191,7 @@ class Simulation:
         self._at(now_s + self._rng.expovariate(rate), self._arrive)
         rng, traffic = self._rng, self.traffic
         if rng.random() < traffic.unrelated:
-            self._send(Turn(blocks(rng.expovariate(1 / traffic.unrelated_tokens)), self._answer(), 0), now_s)
+            self._send(Turn(blocks(rng.expovariate(1 / traffic.unrelated_tokens), rng), self._answer(), 0), now_s)
             return
         # Popular system prompts and rare ones: 1, 1/2, 1/3, ...
         [system] = rng.choices(self._systems, [1 / (place + 1) for place in range(len(self._systems))])
@@ -199,7 +199,7 @@ class Simulation:
         self._send(Turn([*system, *self._message()], self._answer(), turns_left), now_s)
 
     def _message(self) -> list[bytes]:
-        return blocks(self._rng.expovariate(1 / self.traffic.message_tokens))
+        return blocks(self._rng.expovariate(1 / self.traffic.message_tokens), self._rng)
 
     def _answer(self) -> int:
         return 1 + int(self._rng.expovariate(1 / self.traffic.answer_tokens))
@@ -228,7 +228,7 @@ class Simulation:
     def _end(self, turn: Turn, place: int, now_s: float) -> None:
         ingress = self._ingresses[turn.ingress]
         ingress.own[place] -= 1
-        whole = [*turn.chain, *blocks(turn.answer_tokens)]
+        whole = [*turn.chain, *blocks(turn.answer_tokens, self._rng)]
         self._engines[place].cache.record("", whole)
         ingress.index.record(str(place), whole)
         if now_s > WARM_UP * self.duration_s:
@@ -261,10 +261,10 @@ class Simulation:
         )
 
 
-# Under what is below, an engine alone has some 60 streams; a flood shares one long beginning.
+# First turns a second of each engine. A flood shares one long beginning.
 TRAFFICS = {
-    "conversations": (Traffic(), 60.0),
-    "flood": (Traffic(system_prompts=1, system_tokens=2048, turns=1.0, unrelated=0.1), 110.0),
+    "conversations": (Traffic(), 30.0),
+    "flood": (Traffic(system_prompts=1, system_tokens=2048, turns=1.0, unrelated=0.1), 40.0),
 }
 RULES: tuple[tuple[float, float] | None, ...] = (
     None,
@@ -324,7 +324,7 @@ def main(
     curve: Annotated[CurveName, typer.Option(help="What a replica does.")] = CurveName.TINYLLAMA_H100,
     engines: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
     ingresses: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
-    duration_s: Annotated[float, typer.Option(min=1)] = 30.0,
+    duration_s: Annotated[float, typer.Option(min=1)] = 20.0,
     seed: int = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
