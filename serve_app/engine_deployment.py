@@ -48,7 +48,6 @@ class Engine:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._occupancy = Occupancy(lambda: self._engine.stats().num_requests_running)
-        self._num_taken = 0  # requests, since the start
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
         self._outbox: Outbox | None = None
@@ -73,7 +72,6 @@ class Engine:
         requests = requests_of(message)
         group = GroupStream((request.request_id for request in requests), self._occupancy)
         self._groups[message.group_id] = group
-        self._num_taken += len(requests)
         try:
             try:
                 on_outputs = partial(self._ready_outbox().post, group)
@@ -120,8 +118,8 @@ class Engine:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls it where the number of replicas may vary."""
-        num_ongoing = self._occupancy.num_requests
-        return self._meter.report(time.monotonic(), num_ongoing, self._num_taken - num_ongoing, self._engine.stats())
+        num_ongoing, num_finished = self._occupancy.num_requests, self._occupancy.num_finished
+        return self._meter.report(time.monotonic(), num_ongoing, num_finished, self._engine.stats())
 
     async def check_health(self) -> None:
         """Serve replaces the replica after repeated failures of this. From the first one on, there are metrics."""

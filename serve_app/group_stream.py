@@ -40,6 +40,7 @@ class Occupancy:
     def __init__(self, num_running: Callable[[], int]) -> None:
         """num_running: requests, as the engine told last."""
         self.num_requests = 0
+        self.num_finished = 0  # since the start, without those that have left before they had a token
         self._num_running = num_running
 
     @property
@@ -57,6 +58,7 @@ class GroupStream:
         self._buffers = [OutputBuffer() for _ in self.request_ids]
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
+        self._begun: set[int] = set()  # members that have had a token
         self._occupancy = occupancy
         occupancy.num_requests += len(self.request_ids)
         self._wake = asyncio.Event()
@@ -77,9 +79,10 @@ class GroupStream:
                 continue
             self._buffers[member].add(output)
             self._dirty[member] = None
+            if output.token_ids:
+                self._begun.add(member)
             if output.finish_reason is not None:
-                self._unfinished.discard(member)
-                self._occupancy.num_requests -= 1
+                self._end(member, is_abort=output.finish_reason is FinishReason.ABORT)
         self._wake.set()
 
     def abandon(self, reason: str) -> None:
@@ -91,8 +94,13 @@ class GroupStream:
 
     def leave(self) -> None:
         """Nobody reads any more: what is unfinished counts no longer, and what comes of it is dropped."""
-        self._occupancy.num_requests -= len(self._unfinished)
-        self._unfinished.clear()
+        for member in list(self._unfinished):
+            self._end(member, is_abort=True)
+
+    def _end(self, member: int, *, is_abort: bool) -> None:
+        self._unfinished.discard(member)
+        self._occupancy.num_requests -= 1
+        self._occupancy.num_finished += member in self._begun or not is_abort
 
     def acknowledge(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)

@@ -224,3 +224,4 @@ def test_what_a_replica_has_is_what_its_groups_have() -> None:
     other.abandon("the engine is gone")
     other.leave()
     assert (occupancy.num_requests, occupancy.num_waiting) == (0, 0)
+    assert occupancy.num_finished == 2  # r1, and r0, which had begun; two have left the queue
