@@ -138,6 +138,7 @@ class AppConfig(BaseModel):
     ingress_target_queue_depth: _OptionalDepth = None
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
+    proxy: Literal["auto", "haproxy", "ray"] = Field("auto", description="one of auto, haproxy, ray")
     speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = (
         Field("auto", description="one of auto, off, ngram, local, remote")
     )
