@@ -38,7 +38,10 @@ errors = Console(stderr=True)
 def app_config(device: str, arguments: list[str]) -> AppConfig:
     """arguments: name=value, as `serve run` takes them."""
     given = dict(argument.split("=", 1) for argument in arguments)
-    return parse_config({"device": device, "served_model_name": "m", "speculative": "off", **given})
+    defaults: dict[str, Any] = {"device": device, "served_model_name": "m", "speculative": "off"}
+    if device == "cpu":  # as many for the engine alone as the service gives it
+        defaults["num_threads"] = max(1, len(os.sched_getaffinity(0)) - 1)
+    return parse_config(defaults | given)
 
 
 def load_engine(shape: str, config: AppConfig) -> Any:
