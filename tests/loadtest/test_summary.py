@@ -38,12 +38,12 @@ def test_latencies_are_of_what_was_sent_in_the_time() -> None:
 
 
 def test_rates_are_of_what_happened_in_the_time() -> None:
-    """The first was sent before and ends inside, the last has one of its three chunks inside."""
-    values = of([answer(99.0), answer(103.0), answer(108.9)]).plain()
-    assert values["requests_per_s"] == pytest.approx(2 / 10)
-    # Of the first, the chunks at 100.0, 100.5 and 101.0; of the last, the one at 109.9.
-    assert values["output_tokens_per_s"] == pytest.approx((3 + 3 + 1) / 10)
-    assert values["concurrency.mean"] == pytest.approx((1.0 + 2.0 + 1.1) / 10)
+    """Two were sent before and end inside, the last has one of its three chunks inside."""
+    values = of([answer(98.5), answer(99.0), answer(103.0), answer(108.9)]).plain()
+    assert values["requests_per_s"] == pytest.approx(3 / 10)
+    # Of the first, the chunks at 100.0 and 100.5; of the second, all; of the last, the one at 109.9.
+    assert values["output_tokens_per_s"] == pytest.approx((2 + 3 + 3 + 1) / 10)
+    assert values["concurrency.mean"] == pytest.approx((0.5 + 1.0 + 2.0 + 1.1) / 10)
 
 
 def test_tokens_of_large_chunks_count() -> None:
