@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, track
 from rich.table import Table
 
 from benchmarks.engine_runs import Measurement, Throughput, measure, measure_throughput
-from benchmarks.hardware import bandwidth, hardware_name, step_kv_bytes, step_weight_bytes
+from benchmarks.hardware import hardware_name
 from benchmarks.shapes import SHAPES, RandomCheckpoint
 from benchmarks.start import cache_state, num_compiled, shown_start_up
 from engine.config import CacheConfig, Device, DType, EngineConfig, KVCacheDType, Quantization, SchedulerConfig
@@ -21,9 +21,11 @@ from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.fetch import resolve_model
 from engine.loader.progress import progress_on
+from engine.precompile.gpus import known_bandwidth
 from engine.quantize.formats import resolve_quantization
 from engine.request import SamplingParams
 from engine.runner.start_up import Phase
+from engine.runner.step_bytes import step_kv_bytes, step_weight_bytes
 
 errors = Console(stderr=True)
 
@@ -215,7 +217,7 @@ def main(
         rows, table = [asdict(throughput)], requests_table(title, throughput)
     else:
         runs = run_batches(subject, sizes, input, output, sampling, repeats)
-        rows = [batch_row(subject, run, bandwidth(hardware)) for run in runs]
+        rows = [batch_row(subject, run, known_bandwidth(hardware)) for run in runs]
         table = batch_table(title, rows)
     Console().print(table)
     report = {"hardware": hardware, "model": name} | subject.fields() | {"temperature": temperature, "top_p": top_p}
