@@ -1,4 +1,4 @@
-"""Memory as it is planned against what it turns out to be: `python -m benchmarks.memory --shape tinyllama-1.1b --device cuda`.
+"""Memory as it is planned against what it turns out to be: `python -m benchmarks.memory --shape … --device cuda`.
 
 Each number format and context length has an engine in a process of its own.
 """

@@ -106,11 +106,15 @@ def _on_gpu(engine: LLMEngine, plan: MemoryPlan, order: Order) -> dict[str, int]
     sampling = SamplingParams(temperature=0.0, seed=1, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     measure(engine, order.max_num_seqs, min(128, order.max_model_len - OUTPUT_TOKENS), OUTPUT_TOKENS, sampling)
     at_work, _ = torch.cuda.mem_get_info()
-    return parts_of(plan) | held | {
-        "all_graph_bytes": plan.graph_bytes + max(0, plan.free_bytes - captured),
-        "most_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "free_at_work_bytes": at_work,
-    }
+    return (
+        parts_of(plan)
+        | held
+        | {
+            "all_graph_bytes": plan.graph_bytes + max(0, plan.free_bytes - captured),
+            "most_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "free_at_work_bytes": at_work,
+        }
+    )
 
 
 def read_order(text: str) -> Order:

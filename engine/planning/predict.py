@@ -57,9 +57,7 @@ def predict_memory(
 
 
 def _predict(model: ModelConfig, config: EngineConfig, card: Card, dtype: torch.dtype, draft_bytes: int) -> MemoryPlan:
-    limits = replace(
-        config.scheduler, max_model_len=min(config.scheduler.max_model_len, model.max_position_embeddings)
-    )
+    limits = replace(config.scheduler, max_model_len=min(config.scheduler.max_model_len, model.max_position_embeddings))
     quantization = resolve_quantization(model, config.quantization)
     free = card.memory.free_bytes
     needed = (cpu_weight_bytes if card.gpu is None else weight_bytes)(model, dtype, quantization)

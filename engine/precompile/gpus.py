@@ -26,9 +26,7 @@ GPUS = {
     "a100": KnownGPU("A100 80GB", GPU((8, 0), 108, 79 << 30, 166_912), "A100-SXM4-80GB", 2.039e12),
     "l4": KnownGPU("L4 24GB", GPU((8, 9), 58, 22 << 30, 101_376), "L4", 300e9),
     "l40s": KnownGPU("L40S 48GB", GPU((8, 9), 142, 44 << 30, 101_376), "L40S", 864e9),
-    "rtx4090": KnownGPU(
-        "GeForce RTX 4090 24GB", GPU((8, 9), 128, 23 << 30, 101_376), "GeForce RTX 4090", 1.008e12
-    ),
+    "rtx4090": KnownGPU("GeForce RTX 4090 24GB", GPU((8, 9), 128, 23 << 30, 101_376), "GeForce RTX 4090", 1.008e12),
 }
 
 
