@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 from types import FunctionType, MethodType, ModuleType
 
 import torch
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, Quantization, SchedulerConfig
+from engine.config import EngineConfig, ModelConfig, Quantization, SchedulerConfig
 from engine.errors import ConfigError
-from engine.kernels.target import aimed_at
+from engine.kernels.target import GPU, aimed_at
 from engine.model.kv_cache import KVCache, kv_bytes_per_block
 from engine.model.weights import load_decoder
 from engine.planning.card import Card
@@ -66,12 +67,11 @@ def _predict(model: ModelConfig, config: EngineConfig, card: Card, dtype: torch.
     if card.gpu is None:
         weights, workspace, sampler, graphs = needed, 0, 0, 0
     else:
-        with aimed_at(card.gpu):
-            weights, workspace = gpu_bytes(model, dtype, quantization, config.cache, limits)
+        weights, workspace = gpu_bytes(card.gpu, model, dtype, quantization, config.cache.block_size, limits)
         sampler, graphs = sampler_bytes(model, limits), later_bytes(model, limits)
         workspace -= sampler
         if weights > free:
-            raise ConfigError(weights_do_not_fit(needed, free, quantization))
+            raise ConfigError(weights_do_not_fit(weights, free, quantization))
     used = weights + workspace + sampler
     if used > free:
         raise ConfigError(workspace_does_not_fit(free - weights, limits.token_budget, limits.max_num_seqs))
@@ -98,22 +98,29 @@ def _predict(model: ModelConfig, config: EngineConfig, card: Card, dtype: torch.
     )
 
 
+@lru_cache(maxsize=8)  # formats of the KV cache make no difference
 def gpu_bytes(
-    model: ModelConfig, dtype: torch.dtype, quantization: Quantization, cache: CacheConfig, limits: SchedulerConfig
+    gpu: GPU,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    block_size: int,
+    limits: SchedulerConfig,
 ) -> tuple[int, int]:
     """Of the weights in all their copies; and of all else that is there before steps are captured, the sampler's state
-    included and the KV cache not. For the GPU that is aimed at. `quantization` has been resolved."""
+    included and the KV cache not. `quantization` has been resolved."""
     try:
         from engine.model.triton_decoder import TritonDecoder  # Triton is not to be had on every platform
         from engine.runner.graph_forward import GraphForward
     except ModuleNotFoundError as error:
         raise ConfigError(f"a plan for a GPU takes {error.name}, which is not installed here: give --gpu cpu") from None
-    decoder = load_decoder(
-        TritonDecoder, ShapesOnly(model), NOWHERE, dtype, limits.max_model_len, quantization=quantization
-    )
-    weights = tensor_bytes(decoder)
-    empty = KVCache(model, 2, cache.block_size, dtype, NOWHERE, cache.dtype)
-    forward = GraphForward(decoder, lambda: empty, limits)
+    with aimed_at(gpu):
+        decoder = load_decoder(
+            TritonDecoder, ShapesOnly(model), NOWHERE, dtype, limits.max_model_len, quantization=quantization
+        )
+        weights = tensor_bytes(decoder)
+        empty = KVCache(model, 2, block_size, dtype, NOWHERE)
+        forward = GraphForward(decoder, lambda: empty, limits)
     return weights, tensor_bytes(forward) - weights - tensor_bytes(empty)
 
 

@@ -34,7 +34,9 @@ def test_what_counts_as_moved() -> None:
     assert Change((), "x", Figure(0.0, False), Figure(0.0, False), 0.0, True).verdict is Verdict.SAME
 
 
-def noise(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *, same_machine: bool = False) -> tuple[float, bool]:
+def noise(
+    tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *, same_machine: bool = False
+) -> tuple[float, bool]:
     """Of the time of a step."""
     files = [write(tmp_path / f"{name}.json", row) for name, row in (("new", new), ("old", old))]
     changes, alone = compare(*(read_results(file) for file in files), same_machine=same_machine)
