@@ -137,8 +137,9 @@ class AppConfig(BaseModel):
     ingress_target_queue_depth: _OptionalDepth = None
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
-    speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = Field(
-        "auto", description="one of auto, off, ngram, local, remote"
+    proxy: Literal["auto", "haproxy", "ray"] = Field("auto", description="one of auto, haproxy, ray")
+    speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = (
+        Field("auto", description="one of auto, off, ngram, local, remote")
     )
     draft_model: Annotated[_Text | None, _NoneFromText] = Field(
         None, validate_default=True, description="none, or like model: a catalogue name, a path or a hub id"

@@ -11,7 +11,7 @@ from engine.loader.fetch import resolve_model
 from engine.loader.hf_config import read_model_config
 from engine.loader.known_shapes import known_shape
 from engine.loader.progress import progress_on
-from engine.model.weights import check_tensors
+from engine.model.expected_tensors import check_tensors
 from serve_app.config import cache_dir
 
 MODEL_HELP = "catalogue name, directory in Hugging Face's layout, GGUF file or hub id"

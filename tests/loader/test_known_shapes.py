@@ -9,7 +9,7 @@ from engine.config import Quantization
 from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.known_shapes import KNOWN_SHAPES, known_shape
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 from engine.runner.memory import weight_bytes
 
 

@@ -22,13 +22,13 @@ from engine.errors import ConfigError
 from engine.llm_engine import LLMEngine
 from engine.loader.known_shapes import KNOWN_SHAPES
 from engine.model import int8_linear, linear
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 from engine.planning import card as cards
 from engine.planning.card import CONTEXT_BYTES, Card, card_of
 from engine.planning.predict import gpu_bytes, predict_memory
 from engine.precompile.gpus import GPUS
 from engine.precompile.shapes_only import NOWHERE
-from engine.quantize.int8_weight import is_quantizable
+from engine.quantize.quantizable import is_quantizable
 from engine.runner import memory
 from engine.runner.memory import CUDA_FRACTION, MemoryReading, cpu_weight_bytes, later_bytes, weight_bytes
 from engine.runner.start_up import StartUp

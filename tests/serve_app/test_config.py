@@ -88,7 +88,7 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     service = {"model", "served_model_name", "max_queued_requests", "max_queued_requests_per_key"}
     service |= {"max_waiting_requests", "queue_timeout_s", "request_timeout_s"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
-    placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
+    placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus", "proxy"}
     scaling = {"min_replicas", "max_replicas", "target_queue_depth"}
     placement |= {prefix + name for prefix in ("", "draft_", "ingress_") for name in scaling}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
