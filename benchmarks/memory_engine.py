@@ -48,7 +48,8 @@ class Order:
     def config(self) -> EngineConfig:
         limits = SchedulerConfig(self.max_num_seqs, self.token_budget, max_model_len=self.max_model_len)
         cache = CacheConfig(enable_prefix_caching=False, dtype=self.kv_cache_dtype)
-        return EngineConfig(device=self.device, quantization=self.quantization, cache=cache, scheduler=limits)
+        num_threads = 1 if self.device is Device.CPU else None  # more would take no more memory
+        return EngineConfig(self.device, None, self.quantization, cache, limits, num_threads=num_threads)
 
 
 def run(order: Order) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def run(order: Order) -> dict[str, Any]:
     if on_gpu:
         torch.zeros(1, device="cuda")  # the context is there before anybody reads what is free
     else:
+        torch.set_num_threads(1)
         torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # and so are the libraries' own buffers
     predicted = predict_memory(checkpoint.config, config, card_of(None if on_gpu else "cpu"))
     before = 0 if on_gpu else anonymous_bytes()
