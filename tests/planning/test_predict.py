@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from engine.model import int8_linear, linear
 from engine.model.expected_tensors import expected_tensors
 from engine.planning import card as cards
 from engine.planning.card import CONTEXT_BYTES, Card, card_of
-from engine.planning.predict import gpu_bytes, predict_memory
+from engine.planning.predict import gpu_bytes, predict_memory, tensor_bytes
 from engine.precompile.gpus import GPUS
 from engine.precompile.shapes_only import NOWHERE
 from engine.quantize.quantizable import is_quantizable
@@ -82,6 +83,19 @@ def test_no_tensor_is_overlooked(monkeypatch: pytest.MonkeyPatch, quantization: 
     assert decoder == alive[0] - before
     assert forward == alive[1] - before
     assert forward > decoder > weight_bytes(LLAMA, BFLOAT16, quantization)
+
+
+def test_what_is_shared_counts_once_in_whole_pieces() -> None:
+    def empty(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=NOWHERE)
+
+    shared = empty(1024)
+    root = SimpleNamespace(
+        own=empty(513), parts=[shared[:10], (shared, "text")], named={"a": SimpleNamespace(deep=empty(1))}
+    )
+    root.parts.append(root)
+    root.host = torch.empty(4096)
+    assert tensor_bytes(root) == 1024 + 1024 + 512
 
 
 def matrix_bytes(model: ModelConfig, itemsize: int) -> int:
