@@ -25,6 +25,8 @@ from engine.runner.memory import MemoryPlan
 from engine.runner.start_up import StartUp
 
 OUTPUT_TOKENS = 4
+M_MMAP_THRESHOLD = -3  # of malloc.h
+OWN_PAGES_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def run(order: Order) -> dict[str, Any]:
     if on_gpu:
         torch.zeros(1, device="cuda")  # the context is there before anybody reads what is free
     else:
+        # The C library would otherwise put larger and larger tensors where freed ones have been, on pages that are
+        # resident already: a cache that nobody has written would count in part.
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
         torch.set_num_threads(1)
         torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # and so are the libraries' own buffers
     predicted = predict_memory(checkpoint.config, config, card_of(None if on_gpu else "cpu"))
