@@ -28,7 +28,7 @@ SERVICE_ARGUMENTS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs the cluster runs in one process, which then has the only one; and first, since it takes longest."""
+    """Whatever needs the cluster runs in one process, which then has the only one; and first, since it takes long."""
     for item in items:
         if "serve_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("cluster"))
