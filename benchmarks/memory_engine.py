@@ -26,7 +26,7 @@ from engine.runner.start_up import StartUp
 
 OUTPUT_TOKENS = 4
 M_MMAP_THRESHOLD = -3  # of malloc.h
-OWN_PAGES_BYTES = 1 << 20
+OWN_PAGES_BYTES = 1 << 16  # less than the pieces in which weights are rounded to int8
 
 
 @dataclass(frozen=True)
