@@ -15,7 +15,10 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 application = Typer()
 application.command()(main)
 # A tied head's second copy is 17 % of the bfloat16 weights, an int8 cache's scales are 6 %.
-TOLERANCE = 0.03  # buffers of the libraries and of the C library's allocator: 1 to 5 MB of some 200
+TOLERANCES = {
+    "weights_bytes": 0.05,  # the libraries' own buffers: 1 to 6 MB of some 200, by what else the process imports
+    "kv_cache_bytes": 0.02,
+}
 
 
 def test_the_plan_is_what_is_taken(default_model_path: Path, tmp_path: Path) -> None:
@@ -31,8 +34,8 @@ def test_the_plan_is_what_is_taken(default_model_path: Path, tmp_path: Path) -> 
     for row in rows:
         predicted, measured = row["predicted"], row["measured"]
         assert measured["num_blocks"] == predicted["num_blocks"] == 4 * 1024 // 16 + 1
-        for part in ("weights_bytes", "kv_cache_bytes"):
-            assert measured[part] == pytest.approx(predicted[part], rel=TOLERANCE), (row["quantization"], part)
+        for part, tolerance in TOLERANCES.items():
+            assert measured[part] == pytest.approx(predicted[part], rel=tolerance), (row["quantization"], part)
     for result in read_results(file):
         assert result.figures["measured.weights_bytes"].value > 100e6
         assert dict(result.arguments)["max_model_len"] == "1024"
