@@ -22,11 +22,9 @@ from engine.planning.card import card_of
 from engine.planning.predict import predict_memory
 from engine.request import SamplingParams
 from engine.runner.memory import MemoryPlan
-from engine.runner.start_up import StartUp
+from engine.runner.start_up import Phase, Stage, StartUp
 
 OUTPUT_TOKENS = 4
-M_MMAP_THRESHOLD = -3  # of malloc.h
-OWN_PAGES_BYTES = 1 << 16  # less than the pieces in which weights are rounded to int8
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,17 @@ def run(order: Order) -> dict[str, Any]:
     if on_gpu:
         torch.zeros(1, device="cuda")  # the context is there before anybody reads what is free
     else:
-        # The C library would otherwise put larger and larger tensors where freed ones have been, on pages that are
-        # resident already: a cache that nobody has written would count in part.
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
         torch.set_num_threads(1)
         torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # and so are the libraries' own buffers
     predicted = predict_memory(checkpoint.config, config, card_of(None if on_gpu else "cpu"))
     before = 0 if on_gpu else anonymous_bytes()
-    start_up = StartUp()
+    start_up = WatchedStartUp() if not on_gpu else StartUp()
     engine = LLMEngine.from_checkpoint(checkpoint, config, start_up)
     assert start_up.memory is not None
-    measured = _on_gpu(engine, start_up.memory, order) if on_gpu else _on_cpu(engine, before)
+    if isinstance(start_up, WatchedStartUp):
+        measured = _on_cpu(engine, before, start_up.loaded_bytes)
+    else:
+        measured = _on_gpu(engine, start_up.memory, order)
     return {"predicted": parts_of(predicted), "measured": measured}
 
 
@@ -90,8 +88,18 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def _on_cpu(engine: LLMEngine, before: int) -> dict[str, int]:
-    loaded = anonymous_bytes()
+class WatchedStartUp(StartUp):
+    """Reads the process's memory as soon as the weights are there. What loading has freed goes back to the system then:
+    a KV cache on such pages would count as there before anybody has written it."""
+
+    loaded_bytes = 0
+
+    def _show_end(self, stage: Stage) -> None:
+        if stage.phase is Phase.WEIGHTS:
+            self.loaded_bytes = anonymous_bytes()
+
+
+def _on_cpu(engine: LLMEngine, before: int, loaded: int) -> dict[str, int]:
     kv_cache = engine._runner.forward.kv_cache
     for tensor in (kv_cache._data, kv_cache._scales):
         if tensor is not None:
