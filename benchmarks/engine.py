@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, track
 from rich.table import Table
 
 from benchmarks.engine_runs import Measurement, Throughput, measure, measure_throughput
-from benchmarks.hardware import bandwidth, hardware_name, step_kv_bytes, step_weight_bytes
+from benchmarks.hardware import hardware_name
 from benchmarks.shapes import SHAPES, RandomCheckpoint
 from benchmarks.start import cache_state, num_compiled, shown_start_up
 from engine.config import CacheConfig, Device, DType, EngineConfig, KVCacheDType, Quantization, SchedulerConfig
@@ -21,11 +21,14 @@ from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.fetch import resolve_model
 from engine.loader.progress import progress_on
+from engine.precompile.gpus import known_bandwidth
 from engine.quantize.formats import resolve_quantization
 from engine.request import SamplingParams
 from engine.runner.start_up import Phase
+from engine.runner.step_bytes import step_kv_bytes, step_weight_bytes
 
 errors = Console(stderr=True)
+FIGURES = ("ttft_s", "step_time_s", "output_tokens_per_s", "total_tokens_per_s")  # of a Measurement
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def start(model: str, shape: str, config: EngineConfig) -> Subject:
 
 def run_batches(
     subject: Subject, sizes: list[int], input_tokens: int, output_tokens: int, sampling: SamplingParams, repeats: int
-) -> list[Measurement]:
-    """Each batch size `repeats` times; the run with the median speed counts."""
+) -> list[list[Measurement]]:
+    """Each batch size `repeats` times, from the slowest run to the fastest: the one in the middle counts."""
     rows = []
     short = replace(sampling, max_tokens=min(output_tokens, 4))
     for size in track(sizes, description="measuring", console=errors, transient=True):
@@ -108,7 +111,7 @@ def run_batches(
             (measure(subject.engine, size, input_tokens, output_tokens, sampling) for _ in range(repeats)),
             key=lambda run: run.output_tokens_per_s,
         )
-        rows.append(runs[len(runs) // 2])
+        rows.append(runs)
     return rows
 
 
@@ -126,12 +129,16 @@ def run_requests(
         )
 
 
-def batch_row(subject: Subject, run: Measurement, bytes_per_s: float | None) -> dict[str, Any]:
-    """A measurement, with what it read: `bandwidth_fraction` is of what the card's datasheet promises."""
+def batch_row(subject: Subject, runs: list[Measurement], bytes_per_s: float | None) -> dict[str, Any]:
+    """The run in the middle, with what it read: `bandwidth_fraction` is of what the card's datasheet promises. What the
+    others gave is beside it, for benchmarks.compare."""
+    run = runs[len(runs) // 2]
     step_bytes = subject.step_bytes(run)
     speed = step_bytes / run.step_time_s
     fraction = None if bytes_per_s is None else speed / bytes_per_s
-    return asdict(run) | {"step_bytes": step_bytes, "bytes_per_s": speed, "bandwidth_fraction": fraction}
+    repeats = {name: [getattr(each, name) for each in runs] for name in FIGURES}
+    read = {"step_bytes": step_bytes, "bytes_per_s": speed, "bandwidth_fraction": fraction}
+    return asdict(run) | read | {"repeats": repeats}
 
 
 def batch_table(title: str, rows: list[dict[str, Any]]) -> Table:
@@ -214,8 +221,8 @@ def main(
         throughput = run_requests(subject, requests, sizes[0], input, sampling)
         rows, table = [asdict(throughput)], requests_table(title, throughput)
     else:
-        runs = run_batches(subject, sizes, input, output, sampling, repeats)
-        rows = [batch_row(subject, run, bandwidth(hardware)) for run in runs]
+        batches = run_batches(subject, sizes, input, output, sampling, repeats)
+        rows = [batch_row(subject, runs, known_bandwidth(hardware)) for runs in batches]
         table = batch_table(title, rows)
     Console().print(table)
     report = {"hardware": hardware, "model": name} | subject.fields() | {"temperature": temperature, "top_p": top_p}

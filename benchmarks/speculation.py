@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -107,6 +107,7 @@ class Row:
     drafted_share: float  # draft tokens a token of output
     equals_exact: bool
     hop_latency_s: float | None = None
+    repeats: dict[str, list[float]] = field(default_factory=dict)  # the figures of each run
 
 
 def decode(engine: LLMEngine, requests: list[Request]) -> float:
@@ -120,6 +121,10 @@ def decode(engine: LLMEngine, requests: list[Request]) -> float:
     while engine.has_work:
         engine.step()
     return (sum(len(request.output_token_ids) for request in requests) - before) / (perf_counter() - started)
+
+
+def repeats_of(speeds: list[float]) -> dict[str, list[float]]:
+    return {"output_tokens_per_s": speeds}
 
 
 class Comparison:
@@ -144,7 +149,7 @@ class Comparison:
             speeds.append(decode(self.engine, requests))
             self.outputs |= {tuple(request.prompt_token_ids): request.output_token_ids for request in requests}
         self.exact_speeds[batch] = median(speeds)
-        return Row("exact", "0", 0.0, batch, median(speeds), 1.0, 1.0, 0.0, True)
+        return Row("exact", "0", 0.0, batch, median(speeds), 1.0, 1.0, 0.0, True, repeats=repeats_of(speeds))
 
     def drafted(
         self,
@@ -181,6 +186,7 @@ class Comparison:
             drafted / produced,
             equal,
             stats.remote.hop_latency_s if stats.remote else None,
+            repeats_of(speeds),
         )
 
 

@@ -1,4 +1,4 @@
-"""`slipstream convert`, `slipstream compile` and `slipstream eval`."""
+"""`slipstream plan`, `slipstream convert`, `slipstream compile` and `slipstream eval`."""
 
 import sys
 
@@ -8,6 +8,7 @@ from engine.errors import SlipstreamError
 from slipstream_cli.compile import compile_kernels
 from slipstream_cli.convert import convert
 from slipstream_cli.perplexity import perplexity
+from slipstream_cli.plan import plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tools around models that Slipstream serves. Serving itself: serve run serve_app:app",
 )
+app.command()(plan)
 app.command()(convert)
 app.command("compile")(compile_kernels)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure what a number format costs in quality.")

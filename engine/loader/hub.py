@@ -16,8 +16,11 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*", "*.onnx*"]  # second copies of the weights, and formats of other engines
 
 
-def fetch_from_hub(hub_id: str, total_bytes: int | None, cache_dir: Path, progress: Progress) -> Path:
-    """The directory of the model's snapshot. A cached one is used where the hub cannot be reached.
+def fetch_from_hub(
+    hub_id: str, total_bytes: int | None, cache_dir: Path, progress: Progress, *, config_only: bool = False
+) -> Path:
+    """The directory of the model's snapshot. A cached one is used where the hub cannot be reached. config_only: all
+    that is wanted of it is config.json.
 
     Raises:
         ModelError: it does not exist, may not be had, or cannot be downloaded.
@@ -26,7 +29,10 @@ def fetch_from_hub(hub_id: str, total_bytes: int | None, cache_dir: Path, progre
     with download_lock(lock, hub_id, progress), progress.task(f"Downloading {hub_id}", total_bytes) as advance:
         try:
             path: str = huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=_reporting_to(advance)
+                hub_id,
+                allow_patterns=["config.json"] if config_only else _WANTED,
+                ignore_patterns=_UNWANTED,
+                tqdm_class=_reporting_to(advance),
             )
         except GatedRepoError:
             raise ModelError(

@@ -45,7 +45,7 @@ class Int8Linear:
         self._rotation: torch.Tensor | None = None
         if weight.rounds_inputs:
             self._rotation = hadamard_matrix(rotation_block(self.in_features), weight.device)
-        self._sums = _onednn_sums(weight) if _onednn_is_exact(weight.device.type) else _plain_sums(weight)
+        self._sums = _onednn_sums(weight) if onednn_is_exact(weight.device.type) else _plain_sums(weight)
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _plain_sums(weight: Int8Weight) -> ScaledSums:
 
 
 @lru_cache
-def _onednn_is_exact(device_type: str) -> bool:
+def onednn_is_exact(device_type: str) -> bool:
     """Whether oneDNN multiplies uint8 by int8 here without loss: instructions older than VNNI saturate at 16 bits."""
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -56,6 +56,15 @@ def make_linear(weight: Weight, bias: torch.Tensor | None = None) -> "Linear | I
     return Int8Linear(weight, bias) if isinstance(weight, Int8Weight) else Linear(weight, bias)
 
 
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Whether a product on this CPU has weights in a layout of its own, beside the tensor that they came in."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is not torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -65,11 +74,7 @@ def _plain_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 def _packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
     """The product with weights in oneDNN's blocked layout, or None where oneDNN has none for this device and dtype."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    if weight.dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if weight.device.type != "cpu" or not packs_weights(weight.dtype):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), CPU_ROW_TILE)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

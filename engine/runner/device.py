@@ -30,10 +30,10 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    return device, _TORCH_DTYPES[config.dtype or _default_dtype(device)]
+    return device, _TORCH_DTYPES[config.dtype or default_dtype(device)]
 
 
-def _default_dtype(device: torch.device) -> DType:
+def default_dtype(device: torch.device) -> DType:
     """bfloat16 where the hardware multiplies it; elsewhere what is fast and safe there."""
     if device.type == "cuda":
         return DType.BFLOAT16 if torch.cuda.get_device_capability(device) >= (8, 0) else DType.FLOAT16

@@ -18,7 +18,7 @@ from engine.model.weights import load_decoder
 from engine.quantize.formats import resolve_quantization
 from engine.request import Request
 from engine.runner.eager_forward import EagerForward
-from engine.runner.memory import plan_num_blocks, read_memory, weight_bytes
+from engine.runner.memory import cpu_weight_bytes, plan_num_blocks, read_memory, weight_bytes
 from engine.runner.out_of_memory import explained, kv_cache_does_not_fit, weights_do_not_fit, workspace_does_not_fit
 
 Choices = npt.NDArray[np.int64]  # [S, 2]
@@ -116,7 +116,8 @@ def load_weights(
         ConfigError: the model cannot be quantised so, or its weights do not fit.
     """
     quantization = resolve_quantization(checkpoint.config, quantization)
-    needed, free = weight_bytes(checkpoint.config, dtype, quantization), read_memory(device).free_bytes
+    in_bytes = cpu_weight_bytes if device.type == "cpu" else weight_bytes
+    needed, free = in_bytes(checkpoint.config, dtype, quantization), read_memory(device).free_bytes
     if needed > free:
         raise ConfigError(weights_do_not_fit(needed, free, quantization))
     kind: type[Decoder] = ReferenceDecoder

@@ -9,7 +9,9 @@ import torch
 from engine.config import CacheConfig, ModelConfig, Quantization, SchedulerConfig
 from engine.errors import ConfigError
 from engine.model.expected_tensors import expected_tensors
+from engine.model.int8_linear import onednn_is_exact
 from engine.model.kv_cache import kv_bytes_per_block
+from engine.model.linear import packs_weights
 from engine.quantize.quantizable import is_quantizable
 from engine.runner.out_of_memory import gib, request_does_not_fit
 
@@ -111,8 +113,11 @@ class MemoryPlan:
         return table
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype, quantization: Quantization) -> int:
-    """Bytes of one copy of the weights in the format that they are computed in. `quantization` has been resolved."""
+def weight_bytes(
+    model: ModelConfig, dtype: torch.dtype, quantization: Quantization, int8_itemsize: int = torch.int8.itemsize
+) -> int:
+    """Bytes of one copy of the weights in the format that they are computed in. `quantization` has been resolved.
+    int8_itemsize: what a value takes that is rounded to int8."""
     total = 0
     plain = replace(model, stored_quantization=Quantization.NONE)
     tensors = expected_tensors(plain)
@@ -120,10 +125,23 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, quantization: Quantizat
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # a quantised copy
     for name, shape in tensors.items():
         if quantization is not Quantization.NONE and is_quantizable(name):
-            total += prod(shape) + shape[0] * torch.float32.itemsize
+            total += prod(shape) * int8_itemsize + shape[0] * torch.float32.itemsize
         else:
             total += prod(shape) * (torch.float32 if name.endswith("norm.weight") else dtype).itemsize
     return total
+
+
+def cpu_weight_bytes(model: ModelConfig, dtype: torch.dtype, quantization: Quantization) -> int:
+    """What they take on this machine's CPU. `quantization` has been resolved.
+
+    A head that is the embedding as well is there twice where products have a layout of their own; int8 matrices are
+    float32 ones where the CPU has no instructions for int8.
+    """
+    if quantization is not Quantization.NONE:
+        is_multiplied = onednn_is_exact("cpu")
+        return weight_bytes(model, dtype, quantization, (torch.int8 if is_multiplied else torch.float32).itemsize)
+    has_copy = model.tie_word_embeddings and packs_weights(dtype)
+    return weight_bytes(model, dtype, quantization) + has_copy * model.vocab_size * model.hidden_size * dtype.itemsize
 
 
 def sampler_bytes(model: ModelConfig, limits: SchedulerConfig) -> int:
@@ -153,7 +171,20 @@ def later_bytes(model: ModelConfig, limits: SchedulerConfig) -> int:
 def plan_num_blocks(
     model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Blocks of the KV pool, the null block included.
+    """Blocks of the KV pool, the null block included, on a device as it is now: see `blocks_within`."""
+    return blocks_within(model, cache, scheduler, dtype, device.type, read_memory(device))
+
+
+def blocks_within(
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    reading: MemoryReading,
+) -> int:
+    """Blocks of the KV pool, the null block included. reading: of a device that has everything but the pool, and what
+    comes after it.
 
     Raises:
         ConfigError: not even one request of the longest length would fit; says which settings to change.
@@ -166,9 +197,8 @@ def plan_num_blocks(
     else:
         budget = cache.memory_bytes
         if budget is None:
-            reading = read_memory(device)
             free = reading.free_bytes
-            if device.type == "cpu":
+            if device_type == "cpu":
                 budget = min(max(CPU_DEFAULT_BYTES, needed * per_block), int(free * CPU_FRACTION))
             else:
                 if cache.device_share < 1.0:  # what is free says nothing: the others may have yet to start

@@ -6,7 +6,7 @@ from engine.config import CacheConfig, Quantization, SchedulerConfig
 from engine.loader.checkpoint import Checkpoint
 from engine.model.kv_cache import kv_bytes_per_block
 from engine.runner.forward import Forward, load_weights, make_forward
-from engine.runner.memory import MemoryPlan, MemoryReading, read_memory, sampler_bytes, weight_bytes
+from engine.runner.memory import MemoryPlan, MemoryReading, cpu_weight_bytes, read_memory, sampler_bytes
 from engine.runner.out_of_memory import explained, steps_do_not_fit
 from engine.runner.start_up import Phase, StartUp
 
@@ -37,7 +37,7 @@ def start_forward(
         decoder = load_weights(checkpoint, device, dtype, limits.max_model_len, advance, quantization)
         loaded = read_memory(device)
         if device.type == "cpu":
-            stage.num_bytes = weight_bytes(checkpoint.config, dtype, quantization)
+            stage.num_bytes = cpu_weight_bytes(checkpoint.config, dtype, quantization)
         else:
             stage.num_bytes = loaded.allocated_bytes - empty.allocated_bytes
     with start_up.phase(Phase.MEMORY):

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, Quantization, SpeculativeMethod
+import torch
+
+from engine.config import CacheConfig, Device, EngineConfig, ModelConfig, Quantization, SpeculativeMethod
 from engine.errors import ConfigError
 from engine.loader.checkpoint import open_checkpoint
 from engine.model.kv_cache import kv_bytes_per_block
@@ -42,14 +44,19 @@ def _start_draft_model(config: EngineConfig, target: ModelConfig) -> DraftModel:
     if mismatch is not None:
         raise ConfigError(mismatch)
     device, dtype = prepare_device(config)
+    own = local_draft_config(config, checkpoint.config, dtype, read_memory(device).free_bytes)
+    return DraftModel.from_checkpoint(checkpoint, own)
+
+
+def local_draft_config(config: EngineConfig, draft: ModelConfig, dtype: torch.dtype, free_bytes: int) -> EngineConfig:
+    """The settings of a draft model in the process of its target, whose `config` is given. free_bytes: on the device
+    that both are to share, before either is there."""
     limits = config.scheduler
     token_budget = min(limits.token_budget, DRAFT_TOKEN_BUDGET)
     scheduler = replace(limits, token_budget=token_budget, max_prefill_chunk=None, max_draft_tokens=0)
     cache = CacheConfig(block_size=config.cache.block_size)
-    if device.type == "cuda":
+    if config.device is Device.CUDA:
         blocks_of_longest = -(-limits.max_model_len // cache.block_size)
-        longest = (blocks_of_longest + 1) * kv_bytes_per_block(checkpoint.config, cache.block_size, dtype, cache.dtype)
-        share = int(DRAFT_CACHE_SHARE * read_memory(device).free_bytes)
-        cache = replace(cache, memory_bytes=max(longest, share))
-    own = replace(config, quantization=Quantization.NONE, cache=cache, scheduler=scheduler)
-    return DraftModel.from_checkpoint(checkpoint, own)
+        longest = (blocks_of_longest + 1) * kv_bytes_per_block(draft, cache.block_size, dtype, cache.dtype)
+        cache = replace(cache, memory_bytes=max(longest, int(DRAFT_CACHE_SHARE * free_bytes)))
+    return replace(config, quantization=Quantization.NONE, cache=cache, scheduler=scheduler)

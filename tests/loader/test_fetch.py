@@ -132,6 +132,8 @@ def test_hub_ids_are_fetched_without_what_is_not_needed(tmp_path: Path, monkeypa
         repository, allow_patterns=calls[0]["allow_patterns"], ignore_patterns=calls[0]["ignore_patterns"]
     )
     assert list(kept) == repository[:6]
+    resolve_model("owner/name", cache_dir=tmp_path, progress=progress, config_only=True)
+    assert calls[-1]["allow_patterns"] == ["config.json"]
 
 
 def http_error(kind: type[Exception]) -> Exception:

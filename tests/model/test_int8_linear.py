@@ -61,17 +61,17 @@ def test_row_invariance(shape: tuple[int, int], dtype: torch.dtype, rounds_input
 @pytest.mark.parametrize("rounds_inputs", [False, True])
 def test_every_way_to_sum_has_the_same_bits(rounds_inputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processors without the instructions take float32 products, of which enough are exact."""
-    if not int8_linear._onednn_is_exact("cpu"):
+    if not int8_linear.onednn_is_exact("cpu"):
         pytest.skip("there is only one way here")
     weight, x, _ = draw((96, 2500), torch.bfloat16, rounds_inputs)
     fast = Int8Linear(weight)(x)
-    monkeypatch.setattr(int8_linear, "_onednn_is_exact", lambda _: False)
+    monkeypatch.setattr(int8_linear, "onednn_is_exact", lambda _: False)
     assert torch.equal(Int8Linear(weight)(x), fast)
 
 
 @pytest.mark.parametrize("sums", [int8_linear._plain_sums, int8_linear._onednn_sums])
 def test_the_largest_sums_are_exact(sums: int8_linear.ScaledSums) -> None:
-    if sums is int8_linear._onednn_sums and not int8_linear._onednn_is_exact("cpu"):
+    if sums is int8_linear._onednn_sums and not int8_linear.onednn_is_exact("cpu"):
         pytest.skip("this processor saturates")
     weight = Int8Weight(torch.cat((LARGEST, -LARGEST)), torch.tensor([1.0, 0.5, 3.0] * 2))
     digits = torch.tensor([[0], [255], [1], [129]], dtype=torch.uint8).expand(4, 2500).contiguous()

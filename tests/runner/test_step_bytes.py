@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.hardware import bandwidth, step_kv_bytes, step_weight_bytes
 from benchmarks.shapes import SHAPES
 from engine.config import KVCacheDType, Quantization
+from engine.precompile.gpus import known_bandwidth
+from engine.runner.step_bytes import step_kv_bytes, step_weight_bytes
 
 TINYLLAMA = SHAPES["tinyllama-1.1b"]
 MATRICES = 22 * (2048 * (2048 + 2 * 256) + 2048 * 2048 + 3 * 2048 * 5632) + 32_000 * 2048
@@ -41,4 +42,4 @@ def test_kv() -> None:
     [("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA H200", 4.8e12), ("NVIDIA H100 PCIe", None), ("AMD EPYC", None)],
 )
 def test_bandwidth_of_known_cards_only(name: str, expected: float | None) -> None:
-    assert bandwidth(name) == expected
+    assert known_bandwidth(name) == expected
