@@ -46,7 +46,7 @@ def run_locust(url: str, *arguments: str, exit_code: int = 0, cwd: Path = ROOT) 
 def test_a_closed_loop_to_files_and_a_comparison(server: ScriptedServer, tmp_path: Path) -> None:
     """From another folder, as people do; then the same again with a slower server."""
     server.script.failures = {12: "429"}
-    closed = ("-u", "4", "-r", "100", "-t", "2.5s", "--warm-up", "0.5", "--max-error-share", "0.5")
+    closed = ("-u", "4", "-r", "100", "-t", "2s", "--warm-up", "0.5", "--max-error-share", "0.5")
     goals = ("--slo", "ttft_s=30,tpot_s=30", "--assert", "ttft_s.p50>0.09,goodput>1")
     output = run_locust(server.url + "/v1", *closed, *goals, "--report", "out/fast", cwd=tmp_path)
     assert re.search(r"^METRIC\s+ttft\s+\d", output, re.MULTILINE)
@@ -75,7 +75,7 @@ def test_a_closed_loop_to_files_and_a_comparison(server: ScriptedServer, tmp_pat
 def check_against(server: ScriptedServer, results: Results) -> None:
     """What was measured, with what the server noted of the same requests."""
     summary = results.summary
-    assert 1.0 < summary.duration_s < 2.5
+    assert 0.5 < summary.duration_s < 2.0
     assert 0 < summary.num_requests < len(results.records)  # warm-up is kept in the file, and not measured
     gaps = np.concatenate([np.diff(served.chunk_s) for served in server.served if len(served.chunk_s) == 5])
     waits = [served.chunk_s[0] - served.arrived_s for served in server.served if served.chunk_s]
@@ -130,6 +130,5 @@ def test_an_open_loop_on_two_processes(server: ScriptedServer, tmp_path: Path) -
 
 
 def test_what_cannot_be_measured_fails(server: ScriptedServer) -> None:
-    assert "no objective 'ttft'" in run_locust(server.url, "--slo", "ttft=1", exit_code=2)
     assert "ended within its warm-up" in run_locust(server.url, "-t", "1s", "--warm-up", "60", exit_code=1)
     assert "ConnectionRefused" in run_locust("http://127.0.0.1:9", "-t", "5s", exit_code=1)
