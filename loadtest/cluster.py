@@ -1,13 +1,14 @@
-"""The service that a chaos run disturbs: its processes, its health, and what it says of itself."""
+"""The service that is loaded and disturbed: its processes, its health, and what it says of itself."""
 
+import asyncio
+import gc
 import importlib
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -15,16 +16,10 @@ import ray
 from ray import serve
 
 ANSWER_S = 2.0  # a process that is stopped or dead gives none
-CONTROLLER = "controller"
-_CONTROLLER_ACTOR = "SERVE_CONTROLLER_ACTOR"
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What one engine replica still holds."""
-
-    num_requests: int
-    num_blocks_in_use: int
+CHECKED_S = 3.0  # by then, engines and drafts that have become idle have looked through their books, or died of it
+NUM_ONGOING = "num_requests_ongoing"  # in what an ingress reports of its load
+CONTROLLER, PROXY = "controller", "proxy"
+_RAYS_OWN = {CONTROLLER: "SERVE_CONTROLLER_ACTOR", PROXY: "SERVE_PROXY_ACTOR-"}  # how their actors' names begin
 
 
 class Cluster:
@@ -38,14 +33,14 @@ class Cluster:
         """Deploys `module:builder` with arguments as `serve run` takes them; returns when it is ready."""
         module, _, builder = app.partition(":")
         # More CPUs in Ray's books than there may be: what is scarce is cores. Metrics come often, as those that report
-        # them are killed.
+        # them are killed. Workers get the priority of everybody else, not Ray's lower one: what is measured are they.
         ray.init(
             address="local",
             num_cpus=8,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
-            _system_config={"metrics_report_interval_ms": 1000},
+            _system_config={"metrics_report_interval_ms": 1000, "worker_niceness": 0},
         )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -56,17 +51,30 @@ class Cluster:
         self.url = f"http://127.0.0.1:{port}/{self.application}/v1"
 
     def processes(self, kind: str) -> dict[str, int]:
-        """Of one deployment, or the controller: the actors that answer, and their processes."""
-        prefix = f"SERVE_REPLICA::{self.application}#{kind}#"
+        """Of one deployment, the controller or the proxies: the actors that answer, and their processes."""
+        return self._call(kind, lambda _: os.getpid())
+
+    def num_tasks(self, kind: str) -> dict[str, int]:
+        """Tasks of asyncio in the same processes, on all their loops."""
+
+        def count(_: object) -> int:
+            return sum(isinstance(each, asyncio.Task) and not each.done() for each in gc.get_objects())
+
+        return self._call(kind, count)
+
+    def _call(self, kind: str, function: Callable[[object], int]) -> dict[str, int]:
+        prefix = _RAYS_OWN.get(kind, f"SERVE_REPLICA::{self.application}#{kind}#")
         found = {}
         for each in ray.util.list_named_actors(all_namespaces=True):
             name = each["name"]
-            if name.startswith(prefix) or (kind == CONTROLLER and name == _CONTROLLER_ACTOR):
+            if name.startswith(prefix):
                 with suppress(ray.exceptions.RayError, ValueError):  # dead, hung, or gone since the listing
                     actor = ray.get_actor(name, namespace=each["namespace"])
-                    call = actor.__ray_call__.remote(lambda _: os.getpid())
-                    found[name] = ray.get(call, timeout=ANSWER_S)
+                    found[name] = ray.get(actor.__ray_call__.remote(function), timeout=ANSWER_S)
         return found
+
+    def all_processes(self, kinds: Iterable[str]) -> dict[str, int]:
+        return {name: pid for kind in kinds for name, pid in self.processes(kind).items()}
 
     def expected(self, kind: str) -> int:
         """How many there should be."""
@@ -93,13 +101,39 @@ class Cluster:
             return False
         return all(deployment.status == "HEALTHY" for deployment in application.deployments.values())
 
-    def engine_states(self) -> list[EngineState]:
-        """Of each engine replica; an engine whose books are wrong has died of it."""
-        results = serve.get_deployment_handle("engine", self.application).broadcast("stats").results(timeout_s=30)
-        return [
-            EngineState(stats.num_requests_running + stats.num_requests_waiting, stats.num_blocks_in_use)
-            for stats in results
-        ]
+    def left_over(self, limit_s: float = 40.0) -> str:
+        """What the service holds although nobody asks for anything, so long after that; empty: nothing, and the books
+        of all block pools are right. An engine whose ingress was killed notices after 30 s."""
+        deadline_s = time.monotonic() + limit_s
+        while held := self._held():
+            if time.monotonic() > deadline_s:
+                return held
+            time.sleep(1.0)
+        before = {kind: self.processes(kind) for kind in ("engine", "draft")}
+        time.sleep(CHECKED_S)
+        for kind, processes in before.items():
+            if self.processes(kind) != processes:
+                return f"the {kind} replicas are not those that they were, now that they are idle"
+        self._all("engine", "status")  # raises where one has died of its check
+        if not all(stats.num_integrity_checks for stats in self._all("engine", "stats")):
+            return "an engine has not checked its blocks"
+        return self._held()
+
+    def _held(self) -> str:
+        held = []
+        for stats in self._all("engine", "stats"):
+            if stats.num_requests_running or stats.num_requests_waiting or stats.num_blocks_in_use:
+                requests = f"{stats.num_requests_running} running and {stats.num_requests_waiting} waiting requests"
+                held.append(f"an engine has {requests} and {stats.num_blocks_in_use} blocks")
+        for load in self._all("ingress", "record_autoscaling_stats"):
+            if load[NUM_ONGOING]:
+                held.append(f"an ingress has {load[NUM_ONGOING]:g} requests")
+        return ", ".join(held)
+
+    def _all(self, deployment: str, method: str) -> list[Any]:
+        """What each replica of a deployment answers."""
+        handle = serve.get_deployment_handle(deployment, self.application)
+        return list(handle.broadcast(method).results(timeout_s=30))
 
 
 class ServiceMetrics:
