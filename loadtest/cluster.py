@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import ray
 from ray import serve
 
@@ -25,9 +27,10 @@ _RAYS_OWN = {CONTROLLER: "SERVE_CONTROLLER_ACTOR", PROXY: "SERVE_PROXY_ACTOR-"} 
 class Cluster:
     """One application on a Ray cluster of its own, which ends with this process."""
 
-    def __init__(self, application: str) -> None:
+    def __init__(self, application: str, url: str = "") -> None:
+        """url: of one that runs already; else `start` sets it."""
         self.application = application
-        self.url = ""
+        self.url = url
 
     def start(self, app: str, arguments: Mapping[str, str]) -> None:
         """Deploys `module:builder` with arguments as `serve run` takes them; returns when it is ready."""
@@ -118,6 +121,18 @@ class Cluster:
         if not all(stats.num_integrity_checks for stats in self._all("engine", "stats")):
             return "an engine has not checked its blocks"
         return self._held()
+
+    def num_connections(self) -> int:
+        """Of clients, as the server has them."""
+        port = urlsplit(self.url).port
+        return sum(
+            each.status == psutil.CONN_ESTABLISHED and each.laddr[1:] == (port,)
+            for each in psutil.net_connections("tcp")
+        )
+
+    def num_requests(self) -> int:
+        """In all engines."""
+        return sum(stats.num_requests_running + stats.num_requests_waiting for stats in self._all("engine", "stats"))
 
     def _held(self) -> str:
         held = []

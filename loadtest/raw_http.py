@@ -70,6 +70,13 @@ class RawConnection:
         """Up to the end of the connection; a body in chunks with their heads between."""
         return await self.reader.read()
 
+    def pause(self) -> None:
+        """Read no more: what comes stays in the kernel's buffers, and then on the other side."""
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]  # of a socket's transport
+
+    def resume(self) -> None:
+        self._writer.transport.resume_reading()  # type: ignore[attr-defined]
+
     async def close(self, *, with_reset: bool = False) -> None:
         if with_reset:
             plain: socket.socket = self._writer.get_extra_info("socket")

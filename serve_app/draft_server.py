@@ -76,6 +76,10 @@ class DraftServer:
     def num_mirrors(self) -> int:
         return self._keeper.num_mirrors
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         self._last_progress_s = time.monotonic()
         self._thread.start()

@@ -52,6 +52,7 @@ class ToyDrafter:
         self.max_tokens = max_tokens
         self.mirrors: dict[str, _Mirror] = {}
         self.num_steps = 0
+        self.num_checks = 0
         self.is_broken = False  # its books do not add up
         self._vocab_size = vocab_size
 
@@ -115,6 +116,7 @@ class ToyDrafter:
 
     def check_integrity(self) -> None:
         assert not self.is_broken, "a mirror's blocks are lost"
+        self.num_checks += 1
 
 
 class ScriptedProposer:
