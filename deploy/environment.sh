@@ -9,6 +9,9 @@ export RAY_SERVE_ENABLE_HA_PROXY=1
 export RAY_SERVE_THROUGHPUT_OPTIMIZED=1
 # A request's line and headers must fit this buffer: the API takes 64 KiB of them, HAProxy's default is 16 KiB.
 export RAY_SERVE_HAPROXY_TUNE_BUFSIZE=81920
+# Seconds after which a client that takes nothing of what is ready for it is dropped, and its request freed; Ray's
+# default is an hour. A client that waits for an answer, or between two tokens, is not concerned.
+export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=120
 
 # Filled by `slipstream compile` when a GPU node is set up; engines then compile nothing.
 export TRITON_CACHE_DIR="$HOME/kernels"

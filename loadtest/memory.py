@@ -29,6 +29,11 @@ class Trend:
     def is_flat(self) -> bool:
         return self.slope_bytes_per_min <= LIMIT_BYTES_PER_MIN
 
+    @property
+    def surely_grows(self) -> bool:
+        """Where the time was too short to tell growth from one step up, as an allocator makes it, this is False."""
+        return self.slope_bytes_per_min - self.margin_bytes_per_min > LIMIT_BYTES_PER_MIN
+
     def __str__(self) -> str:
         slope, margin = self.slope_bytes_per_min / 2**20, self.margin_bytes_per_min / 2**20
         return f"{slope:+.2f} ± {margin:.2f} MiB a minute, {self.first_bytes >> 20} to {self.last_bytes >> 20} MiB"

@@ -99,10 +99,22 @@ class StormClients:
             await connection.reader.read(1 + int(plan.amount * 1000))
             return left
         if plan.moment is Moment.ENDING:
-            await connection.reader.readuntil(LAST_EVENT)
+            await _read_to_last_event(connection)
             return left
         await _read_all(plan, connection, head)
         return left
+
+
+async def _read_to_last_event(connection: RawConnection) -> None:
+    """Raises:
+    ValueError: the answer ends before that.
+    """
+    seen = b""
+    while LAST_EVENT not in seen:
+        content = await connection.reader.read(2**16)
+        if not content:
+            raise ValueError(f"an answer that ends with {seen[-100:]!r}")
+        seen = seen[-len(LAST_EVENT) :] + content
 
 
 async def _read_all(plan: Plan, connection: RawConnection, head: Head) -> None:

@@ -13,7 +13,7 @@ import httpx
 from loadtest.chaos_clients import Answer, BrokenError, FailedError, ask
 
 HUNG_S = 120.0  # without a byte; longer than a request may wait for its first token
-MAX_RETRY_PAUSE_S = 2.0
+MAX_RETRY_PAUSE_S = 5.0
 LEAVES, IS_KNOWN = 0.15, 0.15  # parts of the requests: whose client loses patience; whose answer is known
 MAX_PATIENCE_S = 4.0
 NUM_USERS = 10_000  # most are seen once

@@ -71,7 +71,7 @@ def test_token_and_version(service: RayService) -> None:
 
 def test_all_pods_have_the_modes_of_the_other_clusters(service: RayService) -> None:
     exported = dict(re.findall(r"export (RAY_SERVE_\w+)=(\S+)", (ROOT / "deploy/environment.sh").read_text()))
-    assert len(exported) == 3
+    assert len(exported) == 4
     for pod in pods(service):
         [container] = pod.spec.containers
         assert {variable.name: variable.value for variable in container.env} == exported

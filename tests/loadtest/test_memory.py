@@ -27,6 +27,13 @@ def test_growth_is_measured() -> None:
     assert line.margin_bytes_per_min < 0.01 * MIB
     assert (line.first_bytes, line.last_bytes == line.peak_bytes) == (400 * MIB, True)
     assert not line.is_flat
+    assert line.surely_grows
+
+
+def test_one_step_up_in_a_short_time_is_not_surely_growth() -> None:
+    line = trend([(float(s), 400 * MIB + (s > 100) * 3 * MIB) for s in range(0, 120, 2)])
+    assert line is not None
+    assert (line.is_flat, line.surely_grows) == (False, False)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.4 * MIB, -3 * MIB])
@@ -42,7 +49,10 @@ def test_a_few_samples_say_nothing() -> None:
 
 
 def test_a_process_that_ends_is_told() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert process.stdout is not None
+    process.stdout.read(1)  # it is what it was told to be
     watch = MemoryWatch({"p": process.pid})
     watch.sample()
     [(_, resident_bytes)] = watch.samples["p"]

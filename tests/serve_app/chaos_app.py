@@ -1,5 +1,6 @@
 """What the chaos run is tried on: a model of random weights, quick on a CPU; and the service with a part taken out."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,12 @@ from tests.serve_app.fake_engine import load_fake_engine
 from tests.tiny_models import write_tiny_model
 
 if TYPE_CHECKING:
+    from engine.llm_engine import LLMEngine
+    from engine.request import RequestOutput
+    from serve_app.draft_link import Resolve
     from serve_app.ingress import ServedModel
+
+PACE_S = 0.02
 
 
 def app(args: dict[str, Any]) -> Any:
@@ -31,6 +37,25 @@ def without_fencing(args: dict[str, Any]) -> Any:
 
 def without_resumption(args: dict[str, Any]) -> Any:
     return _build(args, partial(_load_without, take_out_resumption))
+
+
+def paced(args: dict[str, Any]) -> Any:
+    """Its steps take as long as those of a large model on a GPU, and leave the CPU to everybody else meanwhile."""
+    return _build(args, load_served_model, _load_paced)
+
+
+def _load_paced(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLMEngine":
+    """Runs in an engine replica."""
+    from engine.llm_engine import LLMEngine
+
+    step = LLMEngine.step
+
+    def paced_step(self: LLMEngine) -> "list[RequestOutput]":
+        time.sleep(PACE_S)
+        return step(self)
+
+    LLMEngine.step = paced_step  # type: ignore[method-assign]
+    return load_engine(config, find_drafts)
 
 
 def scripted(args: dict[str, Any]) -> Any:
@@ -72,7 +97,7 @@ def _load_without(take_out: Callable[[], None], config: AppConfig) -> "ServedMod
     return load_served_model(config)
 
 
-def _build(args: dict[str, Any], load_model: Any) -> Any:
+def _build(args: dict[str, Any], load_model: Any, load: Any = load_engine) -> Any:
     config = parse_config({"device": "cpu", "num_kv_blocks": 512, "max_model_len": 1024, "num_threads": 1} | args)
     model = Path(gettempdir()) / "slipstream-chaos-model"
     if not (model / "model.safetensors").exists():
@@ -82,4 +107,4 @@ def _build(args: dict[str, Any], load_model: Any) -> Any:
     if config.speculative == "remote":
         drafts = partial(load_draft, config.model_copy(update={"draft_model": str(model)}))
     engine = config.model_copy(update=weights)
-    return bind(config, partial(load_engine, engine), partial(load_model, config), drafts)
+    return bind(config, partial(load, engine), partial(load_model, config), drafts)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 
 import httpx
 import pytest
@@ -18,14 +19,17 @@ from tests.serve_app.http.fakes import FakeAdmitter, app_over, says
 PATH = "/v1/completions"
 
 
-def over_a_socket(admitter, work):
+def over_a_socket(admitter, work, send_buffer_bytes=None):
     async def main():
         server = uvicorn.Server(uvicorn.Config(app_over(admitter), host="127.0.0.1", port=0, log_level="error"))
         serving = asyncio.ensure_future(server.serve())
         try:
             while not server.started:
                 await asyncio.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
+            [listening] = server.servers[0].sockets
+            port = listening.getsockname()[1]
+            if send_buffer_bytes is not None:  # connections take it over; else the kernel gives them megabytes
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 await work(client)
         finally:
@@ -143,4 +147,4 @@ def test_what_a_client_does_not_read_is_kept_as_ids_and_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputBuffer, "take", counted)
-        over_a_socket(admitter, work)
+        over_a_socket(admitter, work, send_buffer_bytes=8192)
