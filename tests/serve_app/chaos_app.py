@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from serve_app.draft_link import Resolve
     from serve_app.ingress import ServedModel
 
-PACE_S = 0.02
+PACE_S = 0.05
 
 
 def app(args: dict[str, Any]) -> Any:
