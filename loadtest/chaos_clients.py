@@ -13,7 +13,7 @@ import httpx
 HUNG_S = 60.0  # without a byte
 LAST_RETRIES = 5  # when no more faults come: before that, each retry may meet another
 RETRY_PAUSE_S = 2.0
-_WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
+WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def make_bodies(count: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "prompt": " ".join(draw.choices(_WORDS, k=draw.randint(4, 60))),
+            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(4, 60))),
             "max_tokens": max_tokens,
             "seed": draw.randrange(1 << 40),
             "ignore_eos": True,

@@ -24,9 +24,9 @@ from loadtest.storm_clients import StormClients, make_plans
 APPLICATION = "storm"
 START_S = 120.0
 REPLICAS, RAYS_OWN = ("engine", "draft", "ingress"), (CONTROLLER, PROXY)
-# What may be left, for Ray and the allocator do not give everything back at once.
-MAX_TASKS, MAX_FILES = 10, 10
-MAX_BYTES_PER_CLIENT = 2048
+# What may be left: of Ray's own, of caches, and of memory in pieces too small to be given back.
+MAX_TASKS, MAX_FILES, MAX_OBJECTS = 10, 10, 100
+MAX_BYTES_PER_CLIENT, SPARE_BYTES = 1024, 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Footprint:
     resident_bytes: int
     num_files: int
     num_tasks: int  # of asyncio
+    num_objects: int  # of our classes
 
 
 @dataclass
@@ -99,10 +100,14 @@ def run(options: StormOptions, app: str, arguments: dict[str, str]) -> StormSumm
 
 
 def _footprints(cluster: Cluster, watch: MemoryWatch) -> dict[str, Footprint]:
+    objects: dict[str, int] = {}
+    tasks: dict[str, int] = {}
+    for kind in REPLICAS + RAYS_OWN:
+        objects |= cluster.num_objects(kind)
+        tasks |= cluster.num_tasks(kind)
     watch.sample()
-    tasks = {name: number for kind in REPLICAS + RAYS_OWN for name, number in cluster.num_tasks(kind).items()}
     return {
-        name: Footprint(watch.samples[name][-1][1], number, tasks.get(name, 0))
+        name: Footprint(watch.samples[name][-1][1], number, tasks.get(name, 0), objects.get(name, 0))
         for name, number in watch.num_fds().items()
     }
 
@@ -123,12 +128,13 @@ def violations(summary: StormSummary) -> list[str]:
         if not name.startswith("SERVE_REPLICA::") or len(rounds) < 2:
             continue
         first, last = rounds[0], rounds[-1]
-        if last.num_tasks - first.num_tasks > MAX_TASKS:
-            found.append(f"{name} has {last.num_tasks} tasks, and had {first.num_tasks}")
-        if last.num_files - first.num_files > MAX_FILES:
-            found.append(f"{name} has {last.num_files} open files, and had {first.num_files}")
-        if (grown := (last.resident_bytes - first.resident_bytes) / num_clients) > MAX_BYTES_PER_CLIENT:
-            found.append(f"{name} has grown by {grown:.0f} bytes a client")
+        for what, limit in (("num_tasks", MAX_TASKS), ("num_files", MAX_FILES), ("num_objects", MAX_OBJECTS)):
+            was, now = getattr(first, what), getattr(last, what)
+            if now - was > limit:
+                found.append(f"{name} has {now} {what[4:]}, and had {was}")
+        grown_bytes = last.resident_bytes - first.resident_bytes
+        if grown_bytes > MAX_BYTES_PER_CLIENT * num_clients + SPARE_BYTES:
+            found.append(f"{name} has grown by {grown_bytes / 2**20:.1f} MiB in {num_clients} clients")
     return found
 
 

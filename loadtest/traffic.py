@@ -10,14 +10,13 @@ from typing import Any
 
 import httpx
 
-from loadtest.chaos_clients import Answer, BrokenError, FailedError, ask
+from loadtest.chaos_clients import WORDS, Answer, BrokenError, FailedError, ask
 
 HUNG_S = 120.0  # without a byte; longer than a request may wait for its first token
 MAX_RETRY_PAUSE_S = 5.0
 LEAVES, IS_KNOWN = 0.15, 0.15  # parts of the requests: whose client loses patience; whose answer is known
 MAX_PATIENCE_S = 4.0
 NUM_USERS = 10_000  # most are seen once
-_WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
 
 
 @dataclass
@@ -31,7 +30,7 @@ class TrafficCounts:
 
 def draw_request(draw: random.Random, max_tokens: int, max_words: int) -> tuple[str, dict[str, Any]]:
     """An endpoint and a body: short and long, chat and text, whole and streamed, plain and with everything."""
-    words = " ".join(draw.choices(_WORDS, k=min(max_words, int(draw.paretovariate(1.1) * 4))))
+    words = " ".join(draw.choices(WORDS, k=min(max_words, int(draw.paretovariate(1.1) * 4))))
     body: dict[str, Any] = {
         "max_tokens": draw.randint(1, max_tokens),
         "temperature": draw.choice([0, 0.7, 1.0]),

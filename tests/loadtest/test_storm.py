@@ -30,18 +30,24 @@ def cluster(serve_cluster: str, default_model_path: Path) -> Iterator[Cluster]: 
     serve.delete(APPLICATION)
 
 
+def held(cluster: Cluster) -> dict[str, int]:
+    """Tasks of ingresses, and objects of our classes, by process."""
+    objects = {name: number for kind in ("engine", "ingress") for name, number in cluster.num_objects(kind).items()}
+    return objects | {f"tasks of {name}": number for name, number in cluster.num_tasks("ingress").items()}
+
+
 def test_nothing_is_left_of_clients_that_leave(cluster: Cluster) -> None:
     bodies = make_bodies(3, 30, seed=1)
     before = asyncio.run(undisturbed(cluster.url, bodies))
-    tasks_before = cluster.num_tasks("ingress")
+    held_before = held(cluster)
     clients = StormClients(cluster.url)
     asyncio.run(clients.run(make_plans(NUM_CLIENTS, SPREAD_S, max_tokens=30, seed=1)))
     assert clients.errors == []
     assert clients.by_outcome.total() == NUM_CLIENTS
     assert {f"left {moment}" for moment in Moment} <= clients.by_outcome.keys()
     assert cluster.left_over() == ""
-    for name, num_tasks in cluster.num_tasks("ingress").items():
-        assert num_tasks <= tasks_before[name] + 10
+    for name, number in held(cluster).items():
+        assert number <= held_before[name] + 10, name
     assert asyncio.run(undisturbed(cluster.url, bodies)) == before
 
 
@@ -72,7 +78,7 @@ def test_plans_are_the_same_each_time_and_of_every_kind() -> None:
 
 
 REPLICA = "SERVE_REPLICA::storm#ingress#x"
-LIGHT = Footprint(300 << 20, 70, 20)
+LIGHT = Footprint(300 << 20, 70, 20, 40)
 GOOD = StormSummary(
     options=StormOptions(1000, 3, 10.0, 60, 0),
     arguments={},
@@ -94,8 +100,9 @@ GOOD = StormSummary(
         ({"wrong": 2}, "2 answers differ"),
         ({"gone": [REPLICA]}, "ended meanwhile"),
         ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, num_tasks=31)]}}, "has 31 tasks, and had 20"),
-        ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, num_files=81)]}}, "has 81 open files, and had 70"),
-        ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, resident_bytes=305 << 20)]}}, "has grown by 2621 bytes"),
+        ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, num_files=81)]}}, "has 81 files, and had 70"),
+        ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, num_objects=141)]}}, "has 141 objects, and had 40"),
+        ({"footprints": {REPLICA: [LIGHT, replace(LIGHT, resident_bytes=310 << 20)]}}, "has grown by 10.0 MiB in 2000"),
     ],
 )
 def test_what_a_storm_must_not_leave(change: dict[str, object], said: str) -> None:
