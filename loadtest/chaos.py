@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -124,6 +124,9 @@ async def _disturb(
     running = asyncio.create_task(clients.run(options.streams))
     striking.start()
     await _sample(options.duration_s, running, metrics.read)
+    late_s = time.monotonic() + options.duration_s  # a busy machine may take twice as long over its faults
+    while _lacking(options, faults.log.counts) and time.monotonic() < late_s and not running.done():
+        await _sample(SAMPLE_S, running, metrics.read)
     faults.stop()
     await asyncio.to_thread(striking.join)
     await asyncio.to_thread(faults.wake_all)
@@ -140,6 +143,12 @@ async def _sample(duration_s: float, running: asyncio.Task[None], look: Callable
     while time.monotonic() < deadline_s and not running.done():
         await asyncio.sleep(SAMPLE_S)
         await asyncio.to_thread(look)
+
+
+def _lacking(options: ChaosOptions, done: Mapping[str, int]) -> dict[str, int]:
+    """Faults that are too few, and how many there were."""
+    every = [f"{kind} {action}" for kind in options.kinds for action in options.actions]
+    return {name: done.get(name, 0) for name in every if done.get(name, 0) < options.min_faults}
 
 
 def _causes(broken_s: Sequence[float], faults: Sequence[tuple[str, float]]) -> Counter[str]:
@@ -162,10 +171,8 @@ def violations(summary: Summary, options: ChaosOptions) -> list[str]:
         found.append(f"{len(summary.error_events)} errors, such as {summary.error_events[0]}")
     if unexcused := summary.broken.get(UNEXCUSED, 0):
         found.append(f"{unexcused} broken connections without a fault of their ingress")
-    for kind in options.kinds:
-        for action in options.actions:
-            if (done := summary.faults.get(f"{kind} {action}", 0)) < options.min_faults:
-                found.append(f"only {done} of {options.min_faults}: {kind} {action}")
+    for name, done in _lacking(options, summary.faults).items():
+        found.append(f"only {done} of {options.min_faults}: {name}")
     if (resumed := sum(summary.resumed.values())) < options.min_resumed:
         found.append(f"only {resumed:g} streams were resumed")
     if summary.recovery_p99_s is not None and summary.recovery_p99_s > options.recovery_limit_s:

@@ -15,8 +15,9 @@ from loadtest.memory import Trend
 ROOT = Path(__file__).parents[2]
 COMMAND = [
     *(sys.executable, "-m", "loadtest.chaos", "--app", "tests.serve_app.chaos_app:app"),
-    *("--duration", "60", "--streams", "4", "--max-tokens", "400", "--pause", "3"),
+    *("--duration", "60", "--streams", "4", "--max-tokens", "400", "--pause", "2"),
     *("--recovery-limit", "20"),  # of a busy machine
+    *("--kinds", "engine,draft,ingress,controller", "speculative=remote", "draft_model=the same"),
 ]
 GOOD = Summary(
     duration_s=60.0,
