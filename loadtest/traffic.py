@@ -12,7 +12,9 @@ import httpx
 
 from loadtest.chaos_clients import WORDS, Answer, BrokenError, FailedError, ask
 
-HUNG_S = 120.0  # without a byte; longer than a request may wait for its first token
+# Without a byte. Longer than a request may wait for its first token (`queue_timeout_s`) and then take for the last one,
+# of which a client that does not stream hears nothing.
+HUNG_S = 300.0
 MAX_RETRY_PAUSE_S = 5.0
 LEAVES, IS_KNOWN = 0.15, 0.15  # parts of the requests: whose client loses patience; whose answer is known
 MAX_PATIENCE_S = 4.0
@@ -103,6 +105,8 @@ class Traffic:
         body, expected = self._draw.choice(self._known)
         try:
             answer, _ = await ask(client, self._url, body)
+        except TimeoutError:
+            raise TimeoutError(f"nothing came for {HUNG_S:g} s") from None
         except FailedError as error:
             if error.status != 429:
                 raise
