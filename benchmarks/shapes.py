@@ -9,7 +9,7 @@ import torch
 from engine.config import ModelConfig
 from engine.loader.checkpoint import TensorInfo
 from engine.loader.generation_defaults import GenerationDefaults
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 
 
 def _llama(

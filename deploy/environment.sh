@@ -12,6 +12,11 @@ export RAY_SERVE_HAPROXY_TUNE_BUFSIZE=81920
 # Seconds after which a client that takes nothing of what is ready for it is dropped, and its request freed; Ray's
 # default is an hour. A client that waits for an answer, or between two tokens, is not concerned.
 export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=120
+# HAProxy is to read requests whole: else it overlooks some clients that leave, whose answers are then computed to their
+# end. Serve has no setting for that, but copies this one into HAProxy's configuration as it is.
+export RAY_SERVE_HAPROXY_BALANCE_ALGORITHM=$'leastconn\n    option http-buffer-request'
+# How long an answer may go on when HAProxy has been restarted, as it is whenever an ingress comes or goes.
+export RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=3600
 
 # Filled by `slipstream compile` when a GPU node is set up; engines then compile nothing.
 export TRITON_CACHE_DIR="$HOME/kernels"

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineDeadError, EngineFullError, InvalidRequest
-from engine.llm_engine import LLMEngine
 from engine.request import FinishReason, Request, RequestOutput
 from engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from engine.llm_engine import LLMEngine
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, engine: LLMEngine, stall_limit_s: float = STALL_LIMIT_S, max_requests: int | None = None
+        self, engine: "LLMEngine", stall_limit_s: float = STALL_LIMIT_S, max_requests: int | None = None
     ) -> None:
         """max_requests: waiting and running, from which on it accepts no more; None: any number."""
         self.engine = engine

@@ -118,14 +118,14 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
-    num_pending_tokens: int = 0  # chosen on the device and not read yet: positions are known, ids are not (0 or 1)
+    num_pending_tokens: int = 0  # chosen on the device and not read yet: positions are known, ids are not
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     num_preemptions: int = 0
     draft_token_ids: Sequence[int] = ()  # proposed for the next step
     num_drafted_tokens: int = 0  # that have been verified
     num_accepted_tokens: int = 0  # of those, the ones that the target chose too and that were output
     finish_reason: FinishReason | None = None
-    num_tokens: int = field(init=False)  # of prompt and output, with the pending one
+    num_tokens: int = field(init=False)  # of prompt and output, with the pending ones
 
     # Filled in by the engine, which knows the model.
     stop_ids: frozenset[int] = frozenset()  # the tokens that end it
@@ -161,20 +161,19 @@ class Request:
 
     def expect_output(self) -> None:
         """The device is choosing the next token."""
-        assert not self.num_pending_tokens, f"request {self.request_id} expects two tokens at once"
-        self.num_pending_tokens = 1
+        self.num_pending_tokens += 1
         self.num_tokens += 1
 
     def append_output(self, token_id: int) -> None:
-        """Add the next token, the expected one if there is one."""
+        """Add the next token, the first expected one if there is any."""
         self.output_token_ids.append(token_id)
         if self.num_pending_tokens:
-            self.num_pending_tokens = 0
+            self.num_pending_tokens -= 1
         else:
             self.num_tokens += 1
 
     def drop_expected_output(self) -> None:
-        """Forget the token that the device is choosing, if any: nobody wants it."""
+        """Forget the tokens that the device is choosing, if any: nobody wants them."""
         self.num_tokens -= self.num_pending_tokens
         self.num_pending_tokens = 0
 

@@ -71,19 +71,25 @@ def build(config: AppConfig) -> "Application":
     Raises:
         SlipstreamError: a setting or the model is wrong.
     """
-    from serve_app.launch import check_http_port, resolve_device, starts_ray_here
+    from serve_app import launch
 
-    ray_starts_here = starts_ray_here()
+    ray_starts_here = launch.starts_ray_here()
+    running = None
     if ray_starts_here:
-        check_http_port()
+        launch.check_http_port()
+    else:
+        running = launch.find_ray(config.device)
+        launch.check_running_ray(config.proxy, running)
     path, draft_path = _existing_path(config.model), _existing_path(config.draft_model)
     if path is not None:  # replicas run in another directory
         config = config.model_copy(update={"model": str(path), "served_model_name": config.model_name})
     if draft_path is not None:
         config = config.model_copy(update={"draft_model": str(draft_path)})
-    config = config.model_copy(update={"device": resolve_device(config.device)})
+    config = config.model_copy(update={"device": launch.resolve_device(config.device, running)})
     if ray_starts_here or path or draft_path:  # in a cluster, each node that needs the model fetches it
         check_model(config)
+    if ray_starts_here:
+        launch.prepare_ray(config.proxy)
     load_drafts = partial(load_draft, config) if config.speculative == "remote" else None
     return bind(config, partial(load_engine, config), partial(load_served_model, config), load_drafts)
 
@@ -101,7 +107,7 @@ def check_model(config: AppConfig) -> None:
     from engine.loader.checkpoint import open_checkpoint
     from engine.loader.fetch import resolve_model
     from engine.loader.progress import progress_on
-    from engine.model.weights import check_tensors
+    from engine.model.expected_tensors import check_tensors
     from engine.tokenizer import load_tokenizer
 
     path = resolve_model(config.model, cache_dir=cache_dir(), progress=progress_on(sys.stderr))
@@ -124,7 +130,7 @@ def check_draft_model(config: AppConfig, path: Path, target: "Checkpoint", token
         ConfigError: its vocabulary is another one.
     """
     from engine.loader.checkpoint import open_checkpoint
-    from engine.model.weights import check_tensors
+    from engine.model.expected_tensors import check_tensors
     from engine.speculative.vocabulary import vocabulary_mismatch
     from engine.tokenizer import load_tokenizer
     from serve_app.draft_vocabulary import token_mismatch
@@ -149,10 +155,12 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
 
     find_drafts: where the draft replicas are, with speculative=remote.
     """
-    from engine.llm_engine import LLMEngine
-    from engine.loader.checkpoint import open_checkpoint
     from engine.runner.start_up import LoggedStartUp, Phase
 
+    start_up = LoggedStartUp(_log_now)
+    with start_up.phase(Phase.IMPORTS):
+        from engine.llm_engine import LLMEngine
+        from engine.loader.checkpoint import open_checkpoint
     if config.device == "cpu" and config.num_threads is None:
         # A core for HTTP: on two cores, two threads that wait for each other gave 15 tokens/s through HTTP, one 23.
         config = config.model_copy(update={"num_threads": max(1, len(os.sched_getaffinity(0)) - 1)})
@@ -160,7 +168,6 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
     draft_path = None
     if config.speculative == "local" and config.draft_model is not None:
         draft_path = _on_this_node(config.draft_model)
-    start_up = LoggedStartUp(logger.info)
     with start_up.phase(Phase.HEADERS):
         checkpoint = open_checkpoint(path)
     engine_config = config.engine_config(checkpoint.config, draft_path)
@@ -178,14 +185,15 @@ def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLM
 
 def load_draft(config: AppConfig) -> "LoadedDraft":
     """Runs in a draft replica."""
-    from engine.loader.checkpoint import open_checkpoint
     from engine.runner.start_up import LoggedStartUp, Phase
-    from engine.speculative.draft_model import DraftModel
-    from serve_app.draft_server import LoadedDraft
 
+    start_up = LoggedStartUp(_log_now)
+    with start_up.phase(Phase.IMPORTS):
+        from engine.loader.checkpoint import open_checkpoint
+        from engine.speculative.draft_model import DraftModel
+        from serve_app.draft_server import LoadedDraft
     assert config.draft_model is not None
     path = _on_this_node(config.draft_model)
-    start_up = LoggedStartUp(logger.info)
     with start_up.phase(Phase.HEADERS):
         checkpoint = open_checkpoint(path)
     drafter = DraftModel.from_checkpoint(checkpoint, config.draft_config(checkpoint.config), start_up, may_branch=True)
@@ -209,12 +217,19 @@ def load_served_model(config: AppConfig) -> "ServedModel":
     )
 
 
+def _log_now(line: str) -> None:
+    """Throughput-optimised Serve writes a replica's log to its file a thousand lines at a time."""
+    logger.info(line)
+    for handler in logger.handlers:
+        handler.flush()
+
+
 def _on_this_node(model: str) -> Path:
     """Usually there already; a replica on another node fetches it, and says so in its log."""
     from engine.loader.fetch import resolve_model
     from engine.loader.progress import PlainProgress
 
-    return resolve_model(model, cache_dir=cache_dir(), progress=PlainProgress(logger.info))
+    return resolve_model(model, cache_dir=cache_dir(), progress=PlainProgress(_log_now))
 
 
 def bind(

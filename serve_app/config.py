@@ -46,6 +46,9 @@ _CALL_HEADROOM = 1024
 # A step that mixes a prompt's chunk in keeps the decoding requests waiting: 256 rows take a CPU about 0.3 s with the
 # default model, and a GPU needs some thousand to be busy.
 TOKEN_BUDGETS = {"cpu": 256, "cuda": 2048}
+# Drafts from a request's own text: on a CPU they gain up to a factor of 3 and, by policy, cost nothing. On a GPU they
+# cost a full batch 1 to 2 %. Measured in docs/speculative.md.
+DEFAULT_METHODS = {"cpu": SpeculativeMethod.NGRAM, "cuda": SpeculativeMethod.OFF}
 DRAFT_GPU_SHARE = 0.25  # of a card that engine and draft share; the draft models in use are a fifth of their target
 
 
@@ -134,8 +137,9 @@ class AppConfig(BaseModel):
     ingress_target_queue_depth: _OptionalDepth = None
     engine_num_cpus: _Cpus = 0.5
     ingress_num_cpus: _Cpus = 0.25
-    speculative: Annotated[Literal["off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = Field(
-        "off", description="one of off, ngram, local, remote"
+    proxy: Literal["auto", "haproxy", "ray"] = Field("auto", description="one of auto, haproxy, ray")
+    speculative: Annotated[Literal["auto", "off", "ngram", "local", "remote"], BeforeValidator(_off_from_false)] = (
+        Field("auto", description="one of auto, off, ngram, local, remote")
     )
     draft_model: Annotated[_Text | None, _NoneFromText] = Field(
         None, validate_default=True, description="none, or like model: a catalogue name, a path or a hub id"
@@ -202,6 +206,12 @@ class AppConfig(BaseModel):
                 "draft replicas are as many as the engine replicas need, whose number is fixed: set max_replicas, "
                 "or draft_replicas in place of draft_min_replicas and draft_max_replicas"
             )
+
+    @property
+    def speculative_method(self) -> SpeculativeMethod:
+        """`device` must have been resolved."""
+        assert self.device != "auto"
+        return DEFAULT_METHODS[self.device] if self.speculative == "auto" else SpeculativeMethod(self.speculative)
 
     @property
     def engine_count(self) -> ReplicaCount:
@@ -282,12 +292,18 @@ class AppConfig(BaseModel):
             raise ConfigError("num_threads is for device=cpu: on a GPU it would do nothing")
         if self.draft_num_gpus is not None and self.device != "cuda":
             raise ConfigError("draft_num_gpus is for device=cuda: there is no GPU to be shared")
+        method = self.speculative_method
+        speculates = method is not SpeculativeMethod.OFF
+        if self.num_draft_tokens != "adaptive" and not speculates:
+            raise ConfigError(
+                f"num_draft_tokens does nothing with speculative=off, the default for device={self.device}: set "
+                "speculative to ngram, local or remote"
+            )
         speculative = SpeculativeConfig(
-            method=SpeculativeMethod(self.speculative),
+            method=method,
             num_draft_tokens=DEFAULT_DRAFT_TOKENS if self.num_draft_tokens == "adaptive" else self.num_draft_tokens,
             draft_model_path=draft_model_path,
         )
-        speculates = speculative.method is not SpeculativeMethod.OFF
         return EngineConfig(
             device=Device(self.device),
             dtype=None if self.dtype == "auto" else DType(self.dtype),

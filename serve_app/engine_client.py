@@ -116,7 +116,8 @@ class EngineClient:
         groups: dict[tuple[str, int, str], list[PlacedPrompt]] = {}
         extra: Counter[str] = Counter()
         for item in prompts:
-            if not item.is_live:  # aborted while it waited
+            if not item.is_live:  # aborted before a replica had it: whoever waits for that is told
+                item.end(UnavailableError("the request was aborted"))
                 continue
             fingerprint = item.fingerprint
             replica_id = self._book.choose(extra, fingerprint, excluded=item.full_replicas)
@@ -186,12 +187,12 @@ class EngineClient:
             if group.replica_id is not None:
                 self._book.suspect(group.replica_id)
         self._remove(group)
-        prompts = [item for item in group.prompts if item.is_live]
         if loss is not Loss.REFUSED:
             self._observer.on_lost(loss, group.num_live_members)
-        for item in prompts:
-            item.lose(loss, group.last_frame_s, was_open=group.is_open)
-        self._dispatch(prompts)
+        for item in group.prompts:
+            if item.is_live:
+                item.lose(loss, group.last_frame_s, was_open=group.is_open)
+        self._dispatch(group.prompts)
 
     async def _run(self, group: Group) -> None:
         """Demultiplexes one group until its call ends. Never waits for a reader of the streams.

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
@@ -12,7 +13,6 @@ from ray.serve.handle import DeploymentHandle
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineDeadError, EngineFullError, SlipstreamError
-from engine.llm_engine import LLMEngine
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
@@ -29,6 +29,9 @@ from serve_app.messages import (
 )
 from serve_app.metrics import REPORT_S, EngineMetrics
 
+if TYPE_CHECKING:  # `load` imports it, torch and all, and says how long that takes
+    from engine.llm_engine import LLMEngine
+
 STOP_TIMEOUT_S = 10.0  # for the step under way
 
 
@@ -41,7 +44,7 @@ class Engine:
 
     def __init__(
         self,
-        load: Callable[[Resolve | None], LLMEngine],
+        load: "Callable[[Resolve | None], LLMEngine]",
         draft: DeploymentHandle[object] | None = None,
         max_requests: int | None = None,
     ) -> None:

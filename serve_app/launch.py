@@ -1,7 +1,10 @@
 """Where the application's builder runs, and what follows for ports and devices."""
 
-import errno
-import socket
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import ray
@@ -9,6 +12,14 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.serve.config import HTTPOptions
 
 from engine.errors import ConfigError
+from serve_app import serve_modes
+from serve_app.ports import can_bind
+
+logger = logging.getLogger("ray.serve")
+
+# Of NVIDIA's driver, of the same under Windows' Linux, and of AMD's. Without any, torch need not be asked.
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_ANSWER_TIMEOUT_S = 30.0  # for a process to start in, on a busy machine
 
 
 def in_command_line() -> bool:
@@ -25,29 +36,106 @@ def starts_ray_here() -> bool:
     return canonicalize_bootstrap_address(context.params.get("address")) is None
 
 
+def prepare_ray(proxy: str) -> None:
+    """What the processes of a Ray that starts here will inherit: Serve's fast modes.
+
+    Raises:
+        ConfigError: see serve_modes.switch_on.
+    """
+    host = _http_options().host
+    logger.info(serve_modes.switch_on(proxy, host, os.environ))
+    if serve_modes.modes_of_this_process().haproxy and host != "127.0.0.1":
+        logger.warning(
+            f"{serve_modes.HAPROXY_FLAG} was set before `serve run`, so Serve listens on all interfaces: unset it, and "
+            "HAProxy is on all the same, on 127.0.0.1"
+        )
+
+
+@dataclass(frozen=True)
+class RunningRay:
+    """What a Ray that runs already is like."""
+
+    has_gpu: bool
+    modes: serve_modes.ServeModes
+
+
+def find_ray(device: str) -> RunningRay | None:
+    """The one that this process is part of, or that `serve run` will join. None in a program that has joined none yet;
+    unless device is auto, for which it has to run.
+
+    Raises:
+        ConfigError: it cannot be joined, or starts no process.
+    """
+    if ray.is_initialized():
+        return _ask_ray()
+    if not in_command_line() and device != "auto":
+        return None
+    context = click.get_current_context(silent=True)
+    address = None if context is None else context.params.get("address")
+    try:  # for these questions only: `serve run` connects by itself, with the runtime environment that it was given
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot join the Ray cluster at {address or 'its known address'}: {reason}") from None
+    try:
+        return _ask_ray()
+    finally:
+        ray.shutdown()
+
+
+def _ask_ray() -> RunningRay:
+    return RunningRay(has_gpu=ray.cluster_resources().get("GPU", 0) >= 1, modes=_modes_of_ray())
+
+
+def _modes_of_ray() -> serve_modes.ServeModes:
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        return serve_modes.modes_of_this_process()
+
+    @ray.remote(num_cpus=0)
+    def modes() -> tuple[bool, bool]:  # in here it is pickled by value: the other process may not have this package yet
+        from ray.serve._private import constants
+
+        return bool(constants.RAY_SERVE_THROUGHPUT_OPTIMIZED), bool(constants.RAY_SERVE_ENABLE_HA_PROXY)
+
+    try:
+        return serve_modes.ServeModes(*ray.get(modes.remote(), timeout=_ANSWER_TIMEOUT_S))
+    except ray.exceptions.GetTimeoutError:
+        raise ConfigError(f"the Ray cluster has started no process within {_ANSWER_TIMEOUT_S:g} s") from None
+
+
+def check_running_ray(proxy: str, running: RunningRay | None) -> None:
+    """Warns if Serve's fast modes are off. running: None if Ray does not run yet, in a program that may start it.
+
+    Raises:
+        ConfigError: see serve_modes.check.
+    """
+    modes = serve_modes.modes_of_this_process() if running is None else running.modes
+    if warning := serve_modes.check(proxy, modes):
+        logger.warning(warning)
+
+
 def check_http_port() -> None:
     """`serve run` binds Serve's default port; when somebody else has it, that fails late and at length.
 
     Raises:
         ConfigError: the port is taken.
     """
+    options = _http_options()
+    if not can_bind(options.host, options.port):
+        raise ConfigError(
+            f"port {options.port} on {options.host} is in use: stop what listens there, "
+            "or set http_options.port in a Serve config file"
+        )
+
+
+def _http_options() -> HTTPOptions:
+    """What `serve run` will give Serve."""
     options = HTTPOptions()
     assert options.host is not None
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise ConfigError(
-                f"port {options.port} on {options.host} is in use: stop what listens there, "
-                "or set http_options.port in a Serve config file"
-            ) from None
+    return options
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, running: RunningRay | None) -> str:
     """`auto` is cuda where a GPU can be used: on this machine when Ray starts here, else anywhere in the cluster.
 
     Raises:
@@ -56,7 +144,8 @@ def resolve_device(device: str) -> str:
     if device == "cpu":
         return device
     if not starts_ray_here():
-        return "cuda" if device == "cuda" or _cluster_has_gpu() else "cpu"
+        has_gpu = running is not None and running.has_gpu
+        return "cuda" if device == "cuda" or has_gpu else "cpu"
     has_cuda = _this_machine_has_cuda()
     if device == "cuda" and not has_cuda:
         raise ConfigError("device=cuda, but torch finds no CUDA device here: use device=cpu, or check the driver")
@@ -64,26 +153,8 @@ def resolve_device(device: str) -> str:
 
 
 def _this_machine_has_cuda() -> bool:
+    if sys.platform == "linux" and not any(Path(device).exists() for device in _GPU_DEVICES):
+        return False
     import torch  # here, for it takes seconds to import
 
     return bool(torch.cuda.is_available())
-
-
-def _ray_has_gpu() -> bool:
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
-
-
-def _cluster_has_gpu() -> bool:
-    if ray.is_initialized():
-        return _ray_has_gpu()
-    context = click.get_current_context(silent=True)
-    address = None if context is None else context.params.get("address")
-    try:  # for this question only: `serve run` connects by itself, with the runtime environment that it was given
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot join the Ray cluster at {address or 'its known address'}: {reason}") from None
-    try:
-        return _ray_has_gpu()
-    finally:
-        ray.shutdown()

@@ -8,7 +8,7 @@ import typer
 from engine.config import Quantization
 from engine.errors import ConfigError, ModelError
 from engine.loader.converted_directory import new_directory, write_configs, write_weights
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 from engine.quantize.formats import resolve_quantization
 from engine.tokenizer.saving import save_gguf_tokenizer
 from slipstream_cli.model import MODEL_HELP, open_model, progress_bars

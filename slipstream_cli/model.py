@@ -8,7 +8,7 @@ from rich.progress import Progress
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.fetch import resolve_model
 from engine.loader.progress import progress_on
-from engine.model.weights import check_tensors
+from engine.model.expected_tensors import check_tensors
 from serve_app.config import cache_dir
 
 MODEL_HELP = "catalogue name, directory in Hugging Face's layout, GGUF file or hub id"

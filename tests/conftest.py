@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A pytest-xdist that groups nothing says nothing: two clusters on two cores then make tests fail at random."""
+    is_grouped = not hasattr(item.config, "workerinput") or "@" in item.nodeid
+    if item.get_closest_marker("xdist_group") is not None and not is_grouped:
+        pytest.fail(f"pytest {pytest.__version__} and this pytest-xdist do not group tests", pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
     """The default model, fetched into the user's cache if it is not there."""

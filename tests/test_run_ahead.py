@@ -44,7 +44,8 @@ class LateForward(EagerForward):
     def chooses(self, request: Request) -> bool:
         return is_plain_greedy(request)
 
-    def launch(self, chunks: Sequence[ScheduledChunk]) -> Late:  # type: ignore[override]
+    def launch(self, chunks: Sequence[ScheduledChunk], num_further: int = 0) -> Late:  # type: ignore[override]
+        assert not num_further
         pending = [chunk.request for chunk in chunks if chunk.request.num_pending_tokens]
         for request in pending:
             assert self.last is not None
@@ -153,10 +154,10 @@ def test_out_of_memory_ahead_loses_nothing(path: Path, monkeypatch: pytest.Monke
     forward = engine._runner.forward
     launch, draw = forward.launch, random.Random(1)
 
-    def tight(chunks: Sequence[ScheduledChunk]) -> Late:
+    def tight(chunks: Sequence[ScheduledChunk], num_further: int) -> Late:
         if engine._in_flight is None and any(c.request.num_pending_tokens for c in chunks) and draw.random() < 0.5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return launch(chunks)
+        return launch(chunks, num_further)
 
     monkeypatch.setattr(forward, "launch", tight)
     requests = engine.generate(make_requests())

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.loader.hf_config import read_model_config
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -97,10 +97,10 @@ def choice_workspace(max_rows: int, vocab_size: int, device: torch.device) -> Ch
 
 @dataclass(frozen=True)
 class HostTokens:
-    """Where the host finds the tokens of steps: those of the last one while those of the next are written.
+    """Where the host finds the tokens of steps: those of earlier ones while those of the next are written.
 
-    tokens: int64 [2, max_rows, 2], in pinned memory. turn: int32 [1], on the device: which of the two halves this step
-    writes; see `step_inputs`.
+    tokens: int64 [turns, max_rows, 2], in pinned memory. turn: int32 [1], on the device, of this step: see
+    `step_inputs`.
     """
 
     tokens: torch.Tensor
@@ -279,8 +279,8 @@ def _choose(
     outcome = tl.where(column == 0, finite.to(tl.int64), token.to(tl.int64))
     tl.store(tokens_out + row * 2 + column, outcome)
     if host_tokens is not None:
-        half = tl.load(turn, cache_modifier=".cg").to(tl.int64)
-        tl.store(host_tokens + (half * max_rows + row) * 2 + column, outcome)
+        own_turn = tl.load(turn, cache_modifier=".cg").to(tl.int64)
+        tl.store(host_tokens + (own_turn * max_rows + row) * 2 + column, outcome)
     if finite & ((flags & COUNTED) != 0):
         tl.debug_barrier()  # every thread has read the states
         state = tl.load(token_states + token, cache_modifier=".cg")
@@ -324,7 +324,7 @@ def choose_tokens(
     host = out.host
     if host is not None:
         assert host.tokens.dtype == torch.int64
-        assert host.tokens.shape[0] == host.tokens.shape[2] == 2
+        assert host.tokens.shape[2] == 2
         assert host.tokens.shape[1] >= num_rows
         assert host.tokens.is_contiguous()
         assert host.turn.dtype == torch.int32

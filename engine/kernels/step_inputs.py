@@ -10,6 +10,7 @@ import triton.language as tl
 
 from engine.kernels.attention_plan import NULL_SLOT
 
+NUM_TURNS = 16  # that steps take with what they tell the host; even, since their inputs have two
 BLOCK = 512  # rows that are handled side by side, one a thread: a warp reads 128 bytes of the host's at once
 
 
@@ -100,13 +101,14 @@ def _step_inputs(
     num_logit_rows,
     num_updates,
     max_blocks,
+    NUM_TURNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NULL_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lane = tl.arange(0, BLOCK)
-    parity = 1 - tl.load(turn, volatile=True)
-    staged += parity * half_size
+    own_turn = (tl.load(turn, volatile=True) + 1) % NUM_TURNS
+    staged += own_turn % 2 * half_size
     staged_logit_rows = staged + 4 * num_rows
     places = staged_logit_rows + 2 * num_logit_rows
     # All that the host has written of some rows is asked for at once: each answer takes more than a microsecond. Never
@@ -133,7 +135,7 @@ def _step_inputs(
         tl.store(num_drafts + row, drafts, mask=wanted)
     # The one program of this kernel has written the tables and the columns before any of its threads reads them.
     tl.debug_barrier()
-    tl.store(turn, parity)
+    tl.store(turn, own_turn)
     for first in range(0, num_rows, BLOCK):
         row = first + lane
         inside = row < num_rows
@@ -166,10 +168,11 @@ def step_inputs(
     """Bring the block tables up to date, then fill `out`. Does not wait for the device.
 
     staged: int32 [2, layout.size or more], in the host's pinned memory or on the device: this step in one half, in the
-    other the one before or after it. turn: int32 [1], on the device: which half the step before was in; this one takes
-    the other, and says so there. The device goes by that and not by what it finds in the halves, because the host may
-    have staged the next step, or be at it, by the time that this one runs. A half may be written anew when the step
-    that it held is done; a step that was not launched for certain, or launched twice, leaves `turn` to be set by hand.
+    other the one before or after it. turn: int32 [1], on the device: the turn of the step before, of NUM_TURNS; this
+    one takes the next, and says so there. Its parity is the half. The device goes by that and not by what it finds in
+    the halves, because the host may have staged the next step, or be at it, by the time that this one runs. A half may
+    be written anew when the step that it held is done; a step that was not launched for certain, or launched twice,
+    leaves `turn` to be set by hand.
     choices: int64 [S, 2], of the step before; the token ids are in the second column.
     block_tables: int32 [seats, max_blocks], written where `staged` says so; no place may be named twice.
 
@@ -204,6 +207,7 @@ def step_inputs(
         layout.num_logit_rows,
         layout.num_updates,
         block_tables.shape[1],
+        NUM_TURNS=NUM_TURNS,
         BLOCK_SIZE=block_size,
         NULL_SLOT=NULL_SLOT,
         BLOCK=BLOCK,

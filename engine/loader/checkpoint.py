@@ -1,10 +1,11 @@
-"""The one view of a model on disk that the rest of the engine has, whatever format it is in."""
+"""The one view of a model on disk that the rest of the engine has, whatever format it is in.
+
+Whoever reads headers only, as `serve run` and the HTTP processes do, does not wait for torch to be imported.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from engine.config import ModelConfig
 from engine.errors import ModelError
@@ -12,6 +13,9 @@ from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.gguf_file import GGUFFile
 from engine.loader.safetensors_directory import SafetensorsDirectory
 from engine.loader.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -38,7 +42,7 @@ class Checkpoint(Protocol):
         """Equal for equal models wherever they lie, and different, as good as surely, for different ones."""
         ...
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> "torch.Tensor":
         """One tensor on the CPU: a view of the mapped file in its stored format, or, for a quantised type, float32.
 
         Raises:

@@ -17,7 +17,8 @@ from engine.errors import ModelError
 from engine.loader.checkpoint import Checkpoint
 from engine.loader.hf_config import QUANT_METHOD, read_generation_defaults, read_model_config
 from engine.loader.safetensors_directory import INDEX_NAME, SINGLE_NAME
-from engine.quantize.int8_weight import SCALE_SUFFIX, inputs_are_rounded, is_quantizable, quantize_weight
+from engine.quantize.int8_weight import inputs_are_rounded, quantize_weight
+from engine.quantize.quantizable import SCALE_SUFFIX, is_quantizable
 
 MAX_SHARD_BYTES = 2_000_000_000  # held in memory while they are written
 # What else belongs to a model: tokenizer, chat templates, generation settings, and its licence.

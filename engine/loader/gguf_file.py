@@ -3,10 +3,10 @@
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
@@ -15,6 +15,9 @@ from engine.loader.gguf_config import gguf_architecture, read_gguf_config, read_
 from engine.loader.gguf_names import ROPE_FACTORS, hf_tensor_name, is_ignorable
 from engine.loader.gguf_tensors import GGUFHeader, read_gguf_header
 from engine.loader.tensor_info import PLAIN_DTYPES, StoredTensor, TensorInfo, weights_digest
+
+if TYPE_CHECKING:
+    import torch
 
 # Elements dequantised at a time. The library works on groups of 16 rows, which is slow for short rows, so blocks are
 # handed over as one long row; and it makes several temporaries, which should stay in the cache. Measured for the
@@ -40,7 +43,7 @@ class GGUFFile:
         self.tensors = _rename(self._header, architecture.qkv_bias, architecture.qk_norm)
         self._permuted = architecture.gguf_permuted
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> "torch.Tensor":
         """The tensor: a view of the mapped file if it is stored as F32, F16 or BF16, else dequantised to float32.
 
         Query and key weights of Llama files come back in the half-split order of Hugging Face's checkpoints.
@@ -51,14 +54,14 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
-        stored = self._mapping[info.offset_bytes : info.end_bytes].numpy()
+        stored = self._mapping[info.offset_bytes : info.end_bytes]
         if self._permuted and name.endswith((".self_attn.q_proj.weight", ".self_attn.k_proj.weight")):
             is_query = name.endswith(".q_proj.weight")
             num_heads = self.config.num_heads if is_query else self.config.num_kv_heads
             if info.shape[0] % (2 * num_heads):
                 raise ModelError(f"{self.path}: tensor {name!r}: {info.shape[0]} rows are not {num_heads} even heads")
             stored = _undo_permutation(stored, info.shape[0], num_heads)
-        return _decode(stored, info)
+        return _as_tensor(stored, info)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,18 +80,17 @@ class GGUFFile:
         field = f"{self.path}: tensor {ROPE_FACTORS!r}"
         if len(info.shape) != 1 or info.dtype != "float32":
             raise ModelError(f"{field}: must be a vector of float32")
-        factors = _decode(self._mapping[info.offset_bytes : info.end_bytes].numpy(), info)
-        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+        factors = self._mapping[info.offset_bytes : info.end_bytes].view(np.float32)
+        if not bool((np.isfinite(factors) & (factors > 0)).all()):
             raise ModelError(f"{field}: holds a factor that is not positive")
         return tuple(factors.tolist())
 
 
-def _map_file(path: Path) -> torch.Tensor:
+def _map_file(path: Path) -> npt.NDArray[np.uint8]:
     """The whole file as bytes, mapped copy-on-write: pages are read when used, and nothing is written back."""
     try:
-        size_bytes = path.stat().st_size
-        return torch.from_file(str(path), shared=False, size=size_bytes, dtype=torch.uint8)
-    except (OSError, RuntimeError) as error:
+        return np.asarray(np.memmap(path, np.uint8, mode="c"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be mapped: {str(error).splitlines()[0]}") from None
 
 
@@ -114,10 +116,12 @@ def _undo_permutation(stored: npt.NDArray[np.uint8], num_rows: int, num_heads: i
     return pairs.swapaxes(1, 2).reshape(-1)
 
 
-def _decode(stored: npt.NDArray[np.uint8], info: TensorInfo) -> torch.Tensor:
+def _as_tensor(stored: npt.NDArray[np.uint8], info: TensorInfo) -> "torch.Tensor":
     """The tensor whose bytes are `stored`: a view of them, or float32 if they are quantised."""
+    import torch
+
     if info.dtype in PLAIN_DTYPES:
-        return torch.from_numpy(stored).view(PLAIN_DTYPES[info.dtype]).view(info.shape)
+        return torch.from_numpy(stored).view(getattr(torch, info.dtype)).view(info.shape)
     return torch.from_numpy(_dequantise(stored, info)).view(info.shape)
 
 

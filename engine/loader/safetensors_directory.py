@@ -4,9 +4,8 @@ import re
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config import Quantization
@@ -15,7 +14,10 @@ from engine.loader.hf_config import read_generation_defaults, read_model_config
 from engine.loader.json_fields import read_json_object
 from engine.loader.messages import shown
 from engine.loader.safetensors_header import SafetensorsHeader, read_safetensors_header
-from engine.loader.tensor_info import PLAIN_DTYPES, StoredTensor, weights_digest
+from engine.loader.tensor_info import StoredTensor, weights_digest
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -36,7 +38,7 @@ class SafetensorsDirectory:
         self._headers, self.tensors = _collect_tensors(path, self.config.stored_quantization is not Quantization.NONE)
         self._handles: dict[Path, Any] = {}
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> "torch.Tensor":
         """The tensor as it is stored, a view of the mapped file: its pages are read when they are used.
 
         Raises:
@@ -51,7 +53,7 @@ class SafetensorsDirectory:
             tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.file}: tensor {name!r}: cannot be read: {error}") from None
-        if tuple(tensor.shape) != info.shape or tensor.dtype != PLAIN_DTYPES[info.dtype]:
+        if tuple(tensor.shape) != info.shape or str(tensor.dtype) != f"torch.{info.dtype}":
             raise ModelError(f"{info.file}: tensor {name!r}: the file has changed since it was opened")
         return tensor
 

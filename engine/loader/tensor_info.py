@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-
-# Formats that a tensor is mapped in as it lies in the file, by the name used in `TensorInfo.dtype`.
-PLAIN_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# Formats that a tensor is mapped in as it lies in the file, by the name used in `TensorInfo.dtype`, which is torch's.
+PLAIN_DTYPES = frozenset(("float32", "float16", "bfloat16", "int8"))
 
 _SAMPLE_BYTES = 64
 

@@ -9,8 +9,8 @@ import torch
 from engine.config import ModelConfig, Quantization
 from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.tensor_info import TensorInfo
-from engine.model.weights import expected_tensors
-from engine.quantize.int8_weight import is_quantizable
+from engine.model.expected_tensors import expected_tensors
+from engine.quantize.quantizable import is_quantizable
 
 NOWHERE = torch.device("meta")
 

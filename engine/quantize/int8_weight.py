@@ -1,6 +1,5 @@
-"""Matrices in int8 with one scale for each output channel, and which tensors of a model are stored so."""
+"""Matrices in int8 with one scale for each output channel."""
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +10,6 @@ from engine.quantize.rotation import rotate, rotation_block
 LIMIT = 127  # the range is symmetric, so that no zero point is needed
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 _PIECE_ELEMENTS = 1 << 17
-SCALE_SUFFIX = "_scale"  # a matrix "x.weight" has its scales in "x.weight_scale"
-
-_MATRIX = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight|lm_head\.weight", re.ASCII
-)
-
-
-def is_quantizable(name: str) -> bool:
-    """Whether a tensor (by Hugging Face's name) is a matrix that is multiplied; embeddings are looked up, not so."""
-    return _MATRIX.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,13 @@ class EagerForward:
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
 
-    def launch(self, chunks: Sequence[ScheduledChunk]) -> _Computed:
+    def launch(self, chunks: Sequence[ScheduledChunk], num_further: int = 0) -> _Computed:
+        assert not num_further, "nothing is fed back here"
         rows = StepRows.of(chunks, self.kv_cache.block_size)
         return _Computed(self.decoder.forward(self.make_input(chunks, rows), self.kv_cache))
+
+    def launch_further(self) -> _Computed:
+        raise AssertionError("nothing is fed back here")
 
     def score(self, chunk: ScheduledChunk) -> torch.Tensor:
         """Compute one chunk's KV. Returns the logits of all its rows: float32 [num_scheduled_tokens, vocab_size]."""

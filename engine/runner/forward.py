@@ -22,6 +22,7 @@ from engine.runner.memory import plan_num_blocks, read_memory, weight_bytes
 from engine.runner.out_of_memory import explained, kv_cache_does_not_fit, weights_do_not_fit, workspace_does_not_fit
 
 Choices = npt.NDArray[np.int64]  # [S, 2]
+MAX_FURTHER = 12  # steps that may be launched behind a step before that one is read
 
 
 class StepLogits(Protocol):
@@ -33,8 +34,8 @@ class StepLogits(Protocol):
         ...
 
     def choices(self) -> Choices:
-        """On the host, until the step after the next is launched: whether each row holds numbers only, and the token
-        that was chosen, or the likeliest where the host is to choose. Waits for the step."""
+        """On the host, until MAX_FURTHER + 2 more steps have been launched: whether each row holds numbers only, and
+        the token that was chosen, or the likeliest where the host is to choose. Waits for the step."""
         ...
 
     def details(self, requests: Sequence[Request]) -> Mapping[int, SampledToken]:
@@ -53,9 +54,15 @@ class Forward(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def launch(self, chunks: Sequence[ScheduledChunk]) -> StepLogits:
-        """Compute the chunks' KV and the logits of those that sample. Pending tokens of requests are the greedy choices
-        of the step launched before."""
+    def launch(self, chunks: Sequence[ScheduledChunk], num_further: int = 0) -> StepLogits:
+        """Compute the chunks' KV and the logits of those that sample. Pending tokens of requests are the choices of the
+        step launched before. num_further: so many times may `launch_further` follow; the requests have the blocks."""
+        ...
+
+    def launch_further(self) -> StepLogits:
+        """One more step for the requests that sampled in the last one, in the same order and without the host's help:
+        the KV of the tokens chosen there, and the logits behind them. Only where `feeds_back` holds, and where the last
+        step had neither drafts nor anyone who asks for log-probabilities."""
         ...
 
     def score(self, chunk: ScheduledChunk) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 from engine.batch import SampledToken, ScheduledChunk
 from engine.config import SchedulerConfig
 from engine.kernels.choose_tokens import DraftRows
-from engine.kernels.step_inputs import step_inputs
+from engine.kernels.further_inputs import further_inputs
+from engine.kernels.step_inputs import NUM_TURNS, step_inputs
 from engine.model.kv_cache import KVCache
 from engine.model.triton_decoder import TritonDecoder, TritonInput
 from engine.request import Request
@@ -55,9 +56,9 @@ class GraphForward:
     on the device. A bucket that is used before `warm_up` or `prepare_next` got to it compiles its kernels at its first
     step, and is captured at the second. Under Triton's interpreter (device cpu) the same calls run without graphs.
 
-    Steps take turns with two halves of the memory that host and device share. The device changes over by itself, once
-    for each step that it runs (see `step_inputs`); the host counts those that it has launched. Wherever one of the two
-    may have missed one, `_recover` sets the device right.
+    Steps take turns with the memory that host and device share. The device changes over by itself, once for each step
+    that it runs (see `step_inputs`); the host counts those that it has launched. Wherever one of the two may have
+    missed one, `_recover` sets the device right.
     """
 
     feeds_back = True
@@ -72,7 +73,7 @@ class GraphForward:
         decoder.reserve(self._buckets.sizes[-1], max_logit_rows)
         self._sampler = DeviceSampler(decoder.config.vocab_size, limits.max_num_seqs, max_logit_rows, decoder.device)
         self._graph_memory = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._arrived = [torch.cuda.Event() if self._on_gpu else None for _ in range(2)]
+        self._arrived = [torch.cuda.Event() if self._on_gpu else None for _ in range(NUM_TURNS)]
         self._num_steps = 0
         # Of the last step: its bucket; the requests that sampled, with their places among its choices; whether one of
         # them asks for log-probabilities; and all its requests in order, if each of its rows sampled.
@@ -88,12 +89,28 @@ class GraphForward:
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
 
-    def launch(self, chunks: Sequence[ScheduledChunk]) -> _Launched:
+    def launch(self, chunks: Sequence[ScheduledChunk], num_further: int = 0) -> _Launched:
         with self._turn() as parity:
-            bucket, num_choices = self._stage(chunks, parity)
+            bucket, num_choices = self._stage(chunks, parity, num_further)
             self._start(bucket)
             logprobs = self._sampler.fetch_logprobs(num_choices, parity) if self._wants_logprobs else None
-        host_choices, arrived = self._buckets.host_choices[parity], self._arrived[parity]
+        return self._launched(num_choices, logprobs)
+
+    def launch_further(self) -> _Launched:
+        assert self._last is not None
+        assert not self._wants_logprobs
+        num_choices = len(self._choice_of)
+        with self._turn(stages=False):
+            bucket = self._buckets.going_on(num_choices)
+            assert len(bucket.choices) <= len(self._last.choices), "the last step has not said who its rows are"
+            self._start(bucket)
+            self._last, self._decoding = bucket, []
+        return self._launched(num_choices, None)
+
+    def _launched(self, num_choices: int, logprobs: RowLogprobs | None) -> _Launched:
+        """The step whose turn is just over."""
+        turn = (self._num_steps - 1) % NUM_TURNS
+        host_choices, arrived = self._buckets.host_choices[turn], self._arrived[turn]
         return _Launched(self.decoder, self._sampler, num_choices, host_choices, logprobs, arrived)
 
     @torch.inference_mode()
@@ -131,17 +148,20 @@ class GraphForward:
         """Launch the step of every bucket, whatever is staged: for engine.precompile, where no launch runs."""
         for bucket in self._buckets.all():
             self._run(bucket)
+        self._run(self._buckets.going_on(1))
 
     @contextmanager
-    def _turn(self) -> Iterator[int]:
+    def _turn(self, *, stages: bool = True) -> Iterator[int]:
         """One step, staged in the half of the memory that this yields, and launched: counted, or recovered from.
 
-        Waits first for the step before the last, whose half is written anew: not at all, where that step has been read.
+        If it `stages` something, waits first for the step before the last, whose half is written anew: not at all,
+        where that step has been read.
         """
         parity = self._num_steps % 2
-        arrived = self._arrived[parity]
-        if arrived is not None:
-            arrived.synchronize()
+        before_last = self._arrived[(self._num_steps - 2) % NUM_TURNS]
+        if stages and before_last is not None:
+            before_last.synchronize()
+        arrived = self._arrived[self._num_steps % NUM_TURNS]
         try:
             yield parity
             if arrived is not None:
@@ -158,9 +178,9 @@ class GraphForward:
         self._decoding = []
         if self._on_gpu:
             torch.cuda.synchronize()  # the failed step may be about to read the half that is staged next
-        self._buckets.turn.fill_(1 - self._num_steps % 2)
+        self._buckets.turn.fill_((self._num_steps - 1) % NUM_TURNS)
 
-    def _stage(self, chunks: Sequence[ScheduledChunk], parity: int) -> tuple[Bucket, int]:
+    def _stage(self, chunks: Sequence[ScheduledChunk], parity: int, num_further: int) -> tuple[Bucket, int]:
         """Write the step down on the host. Returns the bucket, and how many of its choices are wanted.
 
         Where the requests of the last step decode once more, and only they do, next to nothing is written anew.
@@ -172,7 +192,7 @@ class GraphForward:
             bucket, num_choices = self._last, len(requests)
             staging = bucket.staging[parity]
             staging.follow(bucket.staging[1 - parity], num_choices)
-            seats, num_needed = staging.seats[:num_choices], staging.positions[:num_choices] // block_size + 1
+            seats, stops = staging.seats[:num_choices], staging.positions[:num_choices] + 1
         else:
             lists = ChunkLists.of(chunks, self._choice_of)
             num_choices = len(lists.logit_rows)
@@ -186,13 +206,13 @@ class GraphForward:
             if self._verifies:
                 for seat, chunk in zip(taken, chunks, strict=True):
                     self._sampler.follow_drafts(seat, chunk.request, bool(chunk.draft_token_ids))
-            seats = np.array(taken, np.int32)
+            seats, stops = np.array(taken, np.int32), np.array(lists.stops, np.int32)
             staging.write(lists, seats)
-            num_needed = -(-np.array(lists.stops, np.int32) // block_size)
             # Behind a step with drafts no token is pending, and nobody asks.
             self._choice_of = {request: place for place, request in enumerate(lists.sampling)}
             self._wants_logprobs = any(request.sampling.logprobs is not None for request in lists.sampling)
             self._decoding = requests if decodes else []
+        num_needed = -(-(stops + num_further) // block_size)
         tables.write_updates(chunks, seats, num_needed, staging.updates, parity)
         return bucket, num_choices
 
@@ -217,11 +237,13 @@ class GraphForward:
         )
 
     def _make_input(self, bucket: Bucket) -> TritonInput:
-        """Start turning what is staged into the decoder's input."""
+        """Start turning what is staged, or what was chosen, into the decoder's input."""
         inputs, tables, shared = bucket.inputs, self._block_tables.device_tables, self._buckets
-        step_inputs(
-            shared.staged, shared.turn, bucket.layout, shared.last_choices, tables, self.kv_cache.block_size, inputs
-        )
+        block_size, choices = self.kv_cache.block_size, shared.last_choices
+        if bucket.goes_on:
+            further_inputs(shared.turn, choices, tables, block_size, inputs)
+        else:
+            step_inputs(shared.staged, shared.turn, bucket.layout, choices, tables, block_size, inputs)
         return TritonInput(
             inputs.token_ids,
             inputs.positions,

@@ -8,9 +8,9 @@ import torch
 
 from engine.config import CacheConfig, ModelConfig, Quantization, SchedulerConfig
 from engine.errors import ConfigError
+from engine.model.expected_tensors import expected_tensors
 from engine.model.kv_cache import kv_bytes_per_block
-from engine.model.weights import expected_tensors
-from engine.quantize.int8_weight import is_quantizable
+from engine.quantize.quantizable import is_quantizable
 from engine.runner.out_of_memory import gib, request_does_not_fit
 
 CPU_DEFAULT_BYTES = 1 << 30  # or what the longest request needs; pages that are never written cost nothing

@@ -6,7 +6,7 @@ from operator import attrgetter
 
 import torch
 
-from engine.batch import SampledToken, ScheduledStep, StepTokens
+from engine.batch import SampledToken, ScheduledChunk, ScheduledStep, StepTokens
 from engine.request import Request
 from engine.runner.forward import Forward, StepLogits
 from engine.sampling.sampler import Sampler
@@ -38,8 +38,9 @@ class ModelRunner:
     def dtype(self) -> torch.dtype:
         return self.forward.dtype
 
-    def launch(self, step: ScheduledStep) -> LaunchedStep:
-        """Start computing the step's KV and the next token of every chunk that samples.
+    def launch(self, step: ScheduledStep, num_further: int = 0) -> LaunchedStep:
+        """Start computing the step's KV and the next token of every chunk that samples. num_further: so many steps may
+        be launched with `launch_further`.
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: the device could not do it; no request's earlier KV is touched.
@@ -56,7 +57,14 @@ class ModelRunner:
             ]
         is_chosen = all(map(_is_chosen_by_device, sampling))
         has_details = any(request.sampling.logprobs is not None for request in sampling)
-        return LaunchedStep(step, sampling, drafts, self.forward.launch(step.chunks), is_chosen, has_details)
+        outcome = self.forward.launch(step.chunks, num_further)
+        return LaunchedStep(step, sampling, drafts, outcome, is_chosen, has_details)
+
+    def launch_further(self, last: LaunchedStep) -> LaunchedStep:
+        """Start one more step for the requests that sample in `last`, where it can be run ahead of and nobody asks for
+        log-probabilities. Raises as `launch` does."""
+        chunks = [ScheduledChunk(request, request.num_computed_tokens, 1) for request in last.sampling]
+        return LaunchedStep(ScheduledStep(chunks), last.sampling, [], self.forward.launch_further(), True, False)
 
     def read(self, launched: LaunchedStep) -> StepTokens:
         """The tokens of `launched.sampling`, in order; waits for them. Raises as `launch` does.

@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from engine.config import KVCacheDType, Quantization
 from engine.errors import ConfigError
 
@@ -16,6 +14,8 @@ _ASKED = re.compile(r"Tried to allocate ([0-9.]+ [KMG]iB)")
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch failed for want of memory, on any device."""
+    import torch  # whoever asks has it; whoever only writes about memory does not wait for it
+
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -5,14 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from engine.runner.memory import MemoryPlan
 from engine.runner.out_of_memory import gib
+
+if TYPE_CHECKING:
+    from engine.runner.memory import MemoryPlan
 
 
 class Phase(StrEnum):
     """In the order that they come in."""
 
+    IMPORTS = "importing libraries"
     HEADERS = "reading headers"
     DRAFT = "loading the draft model"
     WEIGHTS = "loading weights"
@@ -70,7 +74,7 @@ class StartUp:
         stage.seconds = self.seconds[phase] = perf_counter() - began_s
         self._show_end(stage)
 
-    def ready(self, memory: MemoryPlan) -> None:
+    def ready(self, memory: "MemoryPlan") -> None:
         """The engine can take requests."""
         self.memory = memory
         self.ready_s = perf_counter() - self._began_s
@@ -82,7 +86,7 @@ class StartUp:
     def _show_end(self, stage: Stage) -> None:
         """After each phase."""
 
-    def _show_ready(self, memory: MemoryPlan, ready_s: float) -> None:
+    def _show_ready(self, memory: "MemoryPlan", ready_s: float) -> None:
         """At the end."""
 
 
@@ -104,7 +108,7 @@ class LoggedStartUp(StartUp):
     def _show_end(self, stage: Stage) -> None:
         self._write(stage.summary())
 
-    def _show_ready(self, memory: MemoryPlan, ready_s: float) -> None:
+    def _show_ready(self, memory: "MemoryPlan", ready_s: float) -> None:
         for line in memory.lines():
             self._write(line)
         self._write(f"ready in {ready_s:.2f} s")

@@ -2,14 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from engine.kernels.choose_tokens import HostTokens
-from engine.kernels.step_inputs import StagedLayout, StepInputs
+from engine.kernels.step_inputs import NUM_TURNS, StagedLayout, StepInputs
 from engine.runner.staged_step import StagedStep
 
 FIRST_SIZES = (1, 8)  # then powers of two; up to 8 rows the kernels' tiles are the same, but for a single row
@@ -31,7 +31,8 @@ class Bucket:
     """Where the inputs of a step of some shape lie, and the graph that reads them there.
 
     decodes: whether each row is a request's only one, and has its logits wanted. staging: on the host, for steps in
-    turn. inputs: what the step's first kernel makes of it. choices: int64 [S, 2], what comes out.
+    turn. inputs: what the step's first kernel makes of it. choices: int64 [S, 2], what comes out. goes_on: nothing is
+    staged; the step goes on with what the one before has chosen.
     """
 
     layout: StagedLayout
@@ -39,6 +40,7 @@ class Bucket:
     staging: tuple[StagedStep, StagedStep]
     inputs: StepInputs
     choices: torch.Tensor
+    goes_on: bool = False
     graph: torch.cuda.CUDAGraph | None = None
     has_run: bool = False
 
@@ -48,12 +50,12 @@ class StepBuckets:
     some, or as many as there may be. Up to FEW_LOGIT_ROWS rows one bucket serves both.
 
     All of them share their memory, which is as large as the largest of them needs it, since steps follow each other
-    in one stream. What the host writes or reads is pinned and there twice, for steps in turn, because the host is at
-    one step while the device is at another. The device works on it where it is: a copy would take longer than all that
-    a small step reads or writes.
+    in one stream. What the host writes is pinned and there twice, for steps in turn, because the host is at one step
+    while the device is at another; what it reads is there NUM_TURNS times, since it may read many steps late. The
+    device works on it where it is: a copy would take longer than all that a small step reads or writes.
 
-    staged: int32 [2, size], with the columns of `staging`. host_tokens: the outcome of the last two steps, which
-    host_choices shows as arrays. turn: int32 [1], on the device, which half the last step there was in.
+    staged: int32 [2, size], with the columns of `staging`. host_tokens: the outcome of the last NUM_TURNS steps, which
+    host_choices shows as arrays. turn: int32 [1], on the device, the turn of the last step there.
     """
 
     def __init__(self, token_budget: int, max_logit_rows: int, verifies: bool, device: torch.device) -> None:
@@ -65,13 +67,14 @@ class StepBuckets:
         on_gpu = device.type == "cuda"
         largest = _layout(self.sizes[-1], max_logit_rows)
         self.staged = torch.zeros((2, largest.size), dtype=torch.int32, pin_memory=on_gpu)
-        self.turn = torch.ones(1, dtype=torch.int32, device=device)  # the first step takes half 0
+        self.turn = torch.full((1,), NUM_TURNS - 1, dtype=torch.int32, device=device)  # the first step takes turn 0
         self.host_tokens = HostTokens(
-            torch.zeros((2, max_logit_rows, 2), dtype=torch.int64, pin_memory=on_gpu), self.turn
+            torch.zeros((NUM_TURNS, max_logit_rows, 2), dtype=torch.int64, pin_memory=on_gpu), self.turn
         )
         self.host_choices: npt.NDArray[np.int64] = self.host_tokens.tokens.numpy()
         self._inputs = StepInputs.empty(largest.num_rows, largest.num_logit_rows, device)
         self._made: dict[tuple[int, int, bool], Bucket] = {}
+        self._going_on: dict[int, Bucket] = {}
 
     def holding(self, num_rows: int, num_logit_rows: int, decodes: bool) -> Bucket:
         """The smallest bucket for a step of so many rows. decodes: see Bucket; the rows are then the logit rows."""
@@ -83,6 +86,15 @@ class StepBuckets:
             num_logit_rows = next(level for level in levels if num_logit_rows <= level)
         shape = (size, min(size, num_logit_rows, self.max_logit_rows), decodes and size > FEW_LOGIT_ROWS)
         return self._made.get(shape) or self._make(*shape)
+
+    def going_on(self, num_choices: int) -> Bucket:
+        """The smallest bucket for a step that goes on with so many choices of the one before."""
+        size = self.sizes[bisect_left(self.sizes, num_choices)]
+        bucket = self._going_on.get(size)
+        if bucket is None:
+            decoding = self.holding(size, min(size, self.max_logit_rows), decodes=True)
+            bucket = self._going_on[size] = replace(decoding, goes_on=True, graph=None, has_run=False)
+        return bucket
 
     def most_wanted(self) -> list[Bucket]:
         """Decoding alone, up to as many requests as may run, with and without drafts, and prefills of every size."""

@@ -1,5 +1,6 @@
 """A draft model: continuous batching for mirrors of requests that are decoded elsewhere."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from engine.loader.checkpoint import Checkpoint
 from engine.quantize.formats import resolve_quantization
 from engine.request import Request, SamplingParams
 from engine.runner.device import prepare_device
-from engine.runner.forward import Forward
+from engine.runner.forward import MAX_FURTHER, Forward
 from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.runner.out_of_memory import is_out_of_memory
 from engine.runner.start_forward import start_forward
@@ -42,7 +43,7 @@ class DraftModel:
         self._max_tokens = min(limits.max_model_len, self._blocks.capacity_tokens)
         self._mirrors: dict[str, Mirror] = {}  # asked for longest ago first
         self._mirror_of: dict[Request, Mirror] = {}  # branches too
-        self._in_flight: LaunchedStep | None = None
+        self._in_flight: deque[LaunchedStep] = deque()  # in order
         self._grown: dict[str, None] = {}  # keys that no step has returned yet, in order
 
     @classmethod
@@ -129,15 +130,16 @@ class DraftModel:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._grown) or self._in_flight is not None or any(self._lacking())
+        return bool(self._grown) or bool(self._in_flight) or any(self._lacking())
 
     def step(self) -> list[str]:
-        """One forward pass. Where the device chooses by itself, the next is launched before this one is read."""
-        launched, self._in_flight = self._in_flight, None
-        if launched is None:
-            launched = self._launch()
-        if launched is not None:
-            self._in_flight = self._launch_ahead(launched)
+        """One forward pass. Where the device chooses by itself, the next ones are launched before this one is read."""
+        if not self._in_flight:
+            self._launch()
+        if self._in_flight:
+            launched = self._in_flight.popleft()
+            if not self._in_flight:
+                self._launch_ahead(launched)
             self._read(launched)
         grown, self._grown = list(self._grown), {}
         return grown
@@ -160,25 +162,51 @@ class DraftModel:
     def _lacking(self) -> Iterator[Mirror]:
         return (mirror for mirror in self._mirror_of.values() if mirror.lacks_drafts)
 
-    def _launch_ahead(self, launched: LaunchedStep) -> LaunchedStep | None:
-        if not self._runner.can_run_ahead(launched):
-            return None
-        for request in launched.sampling:
-            request.expect_output()
-        return self._launch()
+    def _launch_ahead(self, launched: LaunchedStep) -> None:
+        if self._runner.can_run_ahead(launched):
+            for request in launched.sampling:
+                mirror = self._mirror_of.get(request)
+                if mirror is not None and not mirror.has_failed:
+                    request.expect_output()
+            self._launch()
 
-    def _launch(self) -> LaunchedStep | None:
+    def _launch(self) -> None:
+        """One step as scheduled, and behind it those that need nothing of the host any more."""
         chunks = self._schedule()
         if not chunks:
-            return None
+            return
+        num_further = self._num_further(chunks)
         try:
-            launched = self._runner.launch(ScheduledStep(chunks))
+            launched = self._runner.launch(ScheduledStep(chunks), num_further)
+            for chunk in chunks:
+                chunk.request.num_computed_tokens = chunk.stop
+            self._in_flight.append(launched)
+            for _ in range(num_further):
+                launched = self._runner.launch_further(launched)
+                for request in launched.sampling:
+                    request.expect_output()
+                    request.num_computed_tokens += 1
+                self._in_flight.append(launched)
         except RuntimeError as error:
             self._fail(chunks, error)
-            return None
-        for chunk in chunks:
-            chunk.request.num_computed_tokens = chunk.stop
-        return launched
+
+    def _num_further(self, chunks: Sequence[ScheduledChunk]) -> int:
+        """How many steps the same requests can go on for behind this one: until the first of them has all its drafts.
+
+        Each has the blocks for them then.
+        """
+        requests = [chunk.request for chunk in chunks]
+        may_go_on = self._runner.forward.feeds_back and not self._may_branch  # for which log-probabilities are read
+        if not may_go_on or not all(
+            chunk.stop == chunk.request.num_tokens and chunk.request.is_chosen_by_device for chunk in chunks
+        ):
+            return 0
+        mirrors = [self._mirror_of[request] for request in requests]
+        count = min(mirror.num_ordered_tokens - mirror.num_drafts for mirror in mirrors) - 1
+        count = min(count, MAX_FURTHER)
+        if count > 0 and not all(self._blocks.grow(request, request.num_tokens + count) for request in requests):
+            return 0
+        return count
 
     def _schedule(self) -> list[ScheduledChunk]:
         """Mirrors that only lack drafts first, then prompts, as far as rows and blocks go."""
@@ -239,7 +267,7 @@ class DraftModel:
         for place, (request, token_id) in enumerate(zip(launched.sampling, tokens.token_ids, strict=True)):
             mirror = self._mirror_of.get(request)
             details = tokens.details.get(place)
-            if mirror is None:  # a branch that was given up for somebody's blocks
+            if mirror is None or mirror.has_failed:  # a branch that was given up for somebody's blocks; or no numbers
                 continue
             if details is not None and details.error is not None:
                 request.drop_expected_output()
@@ -270,10 +298,9 @@ class DraftModel:
         del self._mirror_of[request]
 
     def _settle(self) -> None:
-        """Read the step that is under way: mirrors are about to change."""
-        launched, self._in_flight = self._in_flight, None
-        if launched is not None:
-            self._read(launched)
+        """Read the steps that are under way: mirrors are about to change."""
+        while self._in_flight:
+            self._read(self._in_flight.popleft())
 
 
 def _num_uncomputed_tokens(mirror: Mirror) -> int:

@@ -1,6 +1,7 @@
 """The RayService: fields that KubeRay knows, and what would open or break it."""
 
 import re
+import subprocess
 from typing import Any
 
 import pydantic
@@ -70,8 +71,10 @@ def test_token_and_version(service: RayService) -> None:
 
 
 def test_all_pods_have_the_modes_of_the_other_clusters(service: RayService) -> None:
-    exported = dict(re.findall(r"export (RAY_SERVE_\w+)=(\S+)", (ROOT / "deploy/environment.sh").read_text()))
-    assert len(exported) == 4
+    script = ["env", "-i", "bash", "-c", 'source "$1" && env -0', "bash", str(ROOT / "deploy/environment.sh")]
+    variables = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")
+    exported = dict(variable.split("=", 1) for variable in variables if variable.startswith("RAY_SERVE_"))
+    assert len(exported) == 6
     for pod in pods(service):
         [container] = pod.spec.containers
         assert {variable.name: variable.value for variable in container.env} == exported

@@ -5,7 +5,7 @@ import torch
 
 from engine.kernels.attention_plan import NULL_SLOT
 from engine.kernels.pdl import INTERPRETED
-from engine.kernels.step_inputs import BLOCK, StagedLayout, StepInputs, step_inputs
+from engine.kernels.step_inputs import BLOCK, NUM_TURNS, StagedLayout, StepInputs, step_inputs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BLOCK_SIZE = 4
@@ -35,13 +35,13 @@ def reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("parity", [0, 1])
+@pytest.mark.parametrize("turn", [0, 1, NUM_TURNS - 2, NUM_TURNS - 1])
 @pytest.mark.parametrize(
     ("num_rows", "num_real", "num_logit_rows", "num_updates"),
     [(1, 1, 1, 16), (1, 0, 1, 16), (16, 11, 7, 16), (BLOCK, BLOCK, 256, BLOCK), (2 * BLOCK, BLOCK + 9, 3, 2 * BLOCK)],
 )
 def test_equals_the_plain_formulation(
-    num_rows: int, num_real: int, num_logit_rows: int, num_updates: int, parity: int, device: str
+    num_rows: int, num_real: int, num_logit_rows: int, num_updates: int, turn: int, device: str
 ) -> None:
     generator = torch.Generator().manual_seed(num_rows + num_real)
 
@@ -74,15 +74,15 @@ def test_equals_the_plain_formulation(
     step = torch.cat(columns).int()
     # As long as a larger bucket needs it; the rest is of no concern, like the other half.
     staged = torch.full((2, layout.size + 5), 1 << 20, dtype=torch.int32, pin_memory=device == "cuda")
-    staged[parity, : layout.size] = step
-    turn = torch.tensor([1 - parity], dtype=torch.int32, device=device)
+    staged[turn % 2, : layout.size] = step
+    device_turn = torch.tensor([(turn - 1) % NUM_TURNS], dtype=torch.int32, device=device)
     choices = torch.stack((draw(0, 2, 256), draw(1000, 200_000, 256)), dim=1).to(device)
     tables = torch.randint(1, 1 << 27, (num_seats, MAX_BLOCKS), generator=generator).int()
     expected_tables, actual_tables = tables.clone().to(device), tables.clone().to(device)
     expected = reference(step.to(device), layout, choices, expected_tables, BLOCK_SIZE)
     actual = StepInputs.empty(2 * num_rows, 2 * num_logit_rows, torch.device(device)).first(num_rows, num_logit_rows)
-    step_inputs(staged, turn, layout, choices, actual_tables, BLOCK_SIZE, actual)
-    assert turn.tolist() == [parity]
+    step_inputs(staged, device_turn, layout, choices, actual_tables, BLOCK_SIZE, actual)
+    assert device_turn.tolist() == [turn]
     assert torch.equal(actual_tables, expected_tables)
     if num_real:
         assert not torch.equal(actual_tables.cpu(), tables)
@@ -99,13 +99,13 @@ def test_replays_take_turns_and_read_the_host_anew() -> None:
     layout = StagedLayout(8, 1, 16)
     staged = torch.full((2, layout.size), -1, dtype=torch.int32, pin_memory=True)
     staged[:, 24:32] = 0
-    turn = torch.ones(1, dtype=torch.int32, device=device)
+    turn = torch.full((1,), NUM_TURNS - 1, dtype=torch.int32, device=device)
     tables = torch.zeros((8, 4), dtype=torch.int32, device=device)
     choices = torch.zeros((8, 2), dtype=torch.int64, device=device)
     out = StepInputs.empty(8, 1, device)
     arguments = (staged, turn, layout, choices, tables, BLOCK_SIZE, out)
     step_inputs(*arguments)  # compiles
-    turn.fill_(1)
+    turn.fill_(NUM_TURNS - 1)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

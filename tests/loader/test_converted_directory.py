@@ -12,8 +12,9 @@ from engine.errors import ModelError
 from engine.loader import converted_directory
 from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.loader.converted_directory import new_directory, write_configs, write_weights
-from engine.model.weights import check_tensors, expected_tensors
-from engine.quantize.int8_weight import inputs_are_rounded, is_quantizable, quantize_weight
+from engine.model.expected_tensors import check_tensors, expected_tensors
+from engine.quantize.int8_weight import inputs_are_rounded, quantize_weight
+from engine.quantize.quantizable import is_quantizable
 from tests.loader.test_gguf_file import tiny_weights, write_gguf
 from tests.tiny_models import write_tiny_model
 

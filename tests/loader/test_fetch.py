@@ -11,7 +11,7 @@ from engine.loader import fetch, shipped
 from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.loader.checkpoint import open_checkpoint
 from engine.loader.fetch import resolve_model
-from engine.model.weights import check_tensors
+from engine.model.expected_tensors import check_tensors
 from tests.loader.test_wheel import RecordingProgress
 
 

@@ -17,7 +17,7 @@ from engine.loader.checkpoint import open_checkpoint
 from engine.loader.generation_defaults import GenerationDefaults
 from engine.loader.gguf_metadata import read_gguf_metadata
 from engine.loader.gguf_tensors import ACCEPTED_TYPES
-from engine.model.weights import check_tensors
+from engine.model.expected_tensors import check_tensors
 from tests.loader.files import interleave, random_quantised, refusal_of, tiny_weights, write_gguf
 
 TYPES = GGMLQuantizationType

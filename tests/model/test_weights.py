@@ -12,9 +12,10 @@ from engine.config import CacheConfig, DType, EngineConfig, KVCacheDType, Quanti
 from engine.errors import ConfigError
 from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import open_checkpoint
+from engine.model.expected_tensors import expected_tensors
 from engine.model.layer_weights import LayerWeights
 from engine.model.reference_decoder import ReferenceDecoder
-from engine.model.weights import expected_tensors, load_decoder
+from engine.model.weights import load_decoder
 from engine.quantize.int8_weight import Int8Weight, quantize_weight
 from engine.request import Request, SamplingParams
 from engine.runner.forward import load_forward

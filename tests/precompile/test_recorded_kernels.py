@@ -63,7 +63,15 @@ def test_recorded_kernels() -> None:
     recorded = json.loads(ended.stdout)
     found = recorded["found"]
     products = {"_norm_qkv_rope", "_product_residual", "_norm_gate_up_silu", "_norm_logits"}
-    others = {"_step_inputs", "_worklist_kernel", "_embed_rows", "attention_kernel", "_score_chunks", "_choose"}
+    others = {
+        "_step_inputs",
+        "_further_inputs",
+        "_worklist_kernel",
+        "_embed_rows",
+        "attention_kernel",
+        "_score_chunks",
+        "_choose",
+    }
     rounding = {"_round_rows", "_store_kv_int8"}
     assert set(found["plain"]) == products | others
     assert products <= set(found["int8"]) <= products | others

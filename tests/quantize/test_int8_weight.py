@@ -8,16 +8,10 @@ import torch
 
 from engine.config import ModelConfig, Quantization
 from engine.errors import ConfigError
-from engine.model.weights import expected_tensors
+from engine.model.expected_tensors import expected_tensors
 from engine.quantize.formats import MAX_INPUT_FEATURES, resolve_quantization
-from engine.quantize.int8_weight import (
-    Int8Weight,
-    inputs_are_rounded,
-    is_quantizable,
-    quantize_rows,
-    quantize_weight,
-    stack_weights,
-)
+from engine.quantize.int8_weight import Int8Weight, inputs_are_rounded, quantize_rows, quantize_weight, stack_weights
+from engine.quantize.quantizable import is_quantizable
 
 LLAMA = ModelConfig("LlamaForCausalLM", 320, 64, 144, 2, 4, 2, 16, 1e-5, 2048, qkv_bias=True, qk_norm=True)
 

@@ -21,6 +21,7 @@ class LateDevice:
     def __init__(self, forward: GraphForward, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_behind = 0
         self.launch_failures_due: list[bool] = []
+        self._failure_at: tuple[int, bool] | None = None
         self._run = forward._run
         self._launched: list[Bucket] = []
         self._num_launched = self._num_done = 0
@@ -30,9 +31,16 @@ class LateDevice:
         monkeypatch.setattr(torch.cuda, "synchronize", self.finish)
         forward._run = self._receive  # type: ignore[method-assign]
         forward._on_gpu = True
-        forward._arrived = [_Event(self), _Event(self)]  # type: ignore[list-item]
+        forward._arrived = [_Event(self) for _ in forward._arrived]  # type: ignore[list-item]
+
+    def fail_at(self, number: int, *, reaches_device: bool) -> None:
+        """Let the launch of this number fail, counted from the beginning."""
+        self._failure_at = number, reaches_device
 
     def launch(self, bucket: Bucket) -> None:
+        if self._failure_at is not None and self._failure_at[0] == self._num_launched:
+            self.launch_failures_due.append(self._failure_at[1])
+            self._failure_at = None
         fails = bool(self.launch_failures_due)
         if not fails or self.launch_failures_due.pop():
             self.num_behind += bool(self._launched)
@@ -50,6 +58,10 @@ class LateDevice:
     @property
     def num_launched(self) -> int:
         return self._num_launched
+
+    @property
+    def num_done(self) -> int:
+        return self._num_done
 
     def _receive(self, bucket: Bucket) -> None:
         if self._capturing is not None:

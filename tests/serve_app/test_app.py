@@ -1,4 +1,6 @@
+import logging
 import socket
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +167,31 @@ def test_a_replicas_log_tells_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     arguments = {"model": str(write_tiny_model(tmp_path)), "device": "cpu", "num_threads": "1", "num_kv_blocks": "200"}
     load_engine(parse_config(arguments))
     text = "\n".join(lines)
-    for phrase in ("reading headers: 0.", "loading weights: 21/21 tensors, ", "199 blocks of 16: 3,184 tokens"):
+    for phrase in (
+        "importing libraries: ",
+        "reading headers: 0.",
+        "loading weights: 21/21 tensors, ",
+        "199 blocks of 16: 3,184 tokens",
+    ):
         assert text.count(phrase) == 1
     assert lines[-1].startswith("ready in ")
+
+
+def test_a_replicas_log_is_written_as_it_starts(tmp_path: Path) -> None:
+    """Serve holds lines back, by the thousand in its throughput-optimised mode."""
+    written: list[str] = []
+    target = logging.Handler()
+    target.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
+    held_back = MemoryHandler(1000, target=target)
+    level = logger.level
+    logger.addHandler(held_back)
+    logger.setLevel(logging.INFO)
+    try:
+        load_engine(parse_config({"model": str(write_tiny_model(tmp_path)), "device": "cpu", "num_kv_blocks": "200"}))
+        assert written[-1].startswith("ready in ")
+    finally:
+        logger.removeHandler(held_back)
+        logger.setLevel(level)
 
 
 def test_busy_port(monkeypatch: pytest.MonkeyPatch) -> None:

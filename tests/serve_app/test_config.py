@@ -42,7 +42,9 @@ def test_defaults() -> None:
     config = parse_config({"device": "cpu"})
     assert config.model_name == "smollm2-135m"
     assert config.engine_config(MODEL) == EngineConfig(
-        cache=CacheConfig(), scheduler=SchedulerConfig(max_num_seqs=256, token_budget=256, max_model_len=1000)
+        cache=CacheConfig(),
+        scheduler=SchedulerConfig(max_num_seqs=256, token_budget=256, max_model_len=1000, max_draft_tokens=256),
+        speculative=SpeculativeConfig(SpeculativeMethod.NGRAM),
     )
 
 
@@ -62,6 +64,7 @@ def test_every_engine_argument_reaches_the_engine() -> None:
             "kv_cache_memory_gb": "0.5",
             "enable_prefix_caching": "false",
             "num_threads": "3",
+            "speculative": "off",
         }
     )
     assert config.engine_config(MODEL) == EngineConfig(
@@ -85,7 +88,7 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     service = {"model", "served_model_name", "max_queued_requests", "max_queued_requests_per_key"}
     service |= {"max_waiting_requests", "queue_timeout_s", "request_timeout_s"}
     placement = {"engine_replicas", "ingress_replicas", "engine_num_cpus", "ingress_num_cpus"}
-    placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus"}
+    placement |= {"draft_replicas", "draft_num_cpus", "draft_num_gpus", "proxy"}
     scaling = {"min_replicas", "max_replicas", "target_queue_depth"}
     placement |= {prefix + name for prefix in ("", "draft_", "ingress_") for name in scaling}
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
@@ -141,8 +144,8 @@ def test_unknown_name_lists_what_is_accepted() -> None:
         ("max_queued_requests_per_key", "0", "none or a whole number of at least 1"),
         ("model", "", "a catalogue name"),
         ("model", 5, "a catalogue name"),
-        ("speculative", "eagle", "one of off, ngram, local, remote"),
-        ("speculative", True, "one of off, ngram, local, remote"),
+        ("speculative", "eagle", "one of auto, off, ngram, local, remote"),
+        ("speculative", True, "one of auto, off, ngram, local, remote"),
         ("num_draft_tokens", "0", "adaptive or a whole number from 1 to 16"),
         ("num_draft_tokens", "17", "adaptive or a whole number from 1 to 16"),
         ("num_draft_tokens", True, "adaptive or a whole number from 1 to 16"),
@@ -183,6 +186,15 @@ def test_threads_are_for_the_cpu() -> None:
         parse_config({"num_threads": "2", "device": "cuda"}).engine_config(MODEL)
 
 
+def test_the_default_method_hangs_on_the_device() -> None:
+    cpu, gpu = parse_config({"device": "cpu", "num_draft_tokens": 3}), parse_config({"device": "cuda"})
+    assert cpu.engine_config(MODEL).speculative == SpeculativeConfig(SpeculativeMethod.NGRAM, num_draft_tokens=3)
+    assert gpu.engine_config(MODEL).speculative == SpeculativeConfig()
+    assert gpu.engine_config(MODEL).scheduler.max_draft_tokens == 0
+    with pytest.raises(ConfigError, match="num_draft_tokens does nothing with speculative=off, the default for device"):
+        parse_config({"device": "cuda", "num_draft_tokens": 3}).engine_config(MODEL)
+
+
 def test_speculation_reaches_the_engine() -> None:
     off = parse_config({"device": "cpu", "speculative": False}).engine_config(MODEL)  # as YAML reads off
     assert (off.speculative, off.scheduler.max_draft_tokens) == (SpeculativeConfig(), 0)
@@ -205,7 +217,7 @@ def test_the_catalogues_draft_is_used_where_none_is_named() -> None:
         assert parse_config({"speculative": method}).draft_model == "smollm2-135m-draft"
         assert parse_config({"speculative": method, "draft_model": "none"}).draft_model == "smollm2-135m-draft"
         assert parse_config({"speculative": method, "draft_model": "d"}).draft_model == "d"
-    for method in ("off", "ngram"):
+    for method in ("auto", "off", "ngram"):
         assert parse_config({"speculative": method}).draft_model is None
 
 
@@ -250,11 +262,11 @@ def test_engine_and_draft_share_a_gpu() -> None:
             "speculative=remote needs a draft_model for qwen3-0.6b; the catalogue has one for smollm2-135m$",
         ),
         ({"speculative": "local", "model": "m", "draft_model": "none"}, "speculative=local needs a draft_model for m;"),
-        ({"draft_model": "d"}, "draft_model=d does nothing with speculative=off: set speculative to local or remote"),
+        ({"draft_model": "d"}, "draft_model=d does nothing with speculative=auto: set speculative to local or remote"),
         ({"draft_model": "d", "speculative": "ngram"}, "draft_model=d does nothing with speculative=ngram"),
-        ({"num_draft_tokens": "3"}, "num_draft_tokens does nothing with speculative=off"),
-        ({"draft_max_replicas": "2"}, "draft_max_replicas is for speculative=remote, not off"),
-        ({"draft_replicas": "2"}, "draft_replicas is for speculative=remote, not off"),
+        ({"num_draft_tokens": "3", "speculative": "off"}, "num_draft_tokens does nothing with speculative=off"),
+        ({"draft_max_replicas": "2"}, "draft_max_replicas is for speculative=remote, not auto"),
+        ({"draft_replicas": "2"}, "draft_replicas is for speculative=remote, not auto"),
         ({"draft_num_cpus": "2", "speculative": "ngram"}, "draft_num_cpus is for speculative=remote, not ngram"),
         (
             {"draft_num_gpus": "0.2", "speculative": "local", "draft_model": "d"},

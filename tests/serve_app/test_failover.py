@@ -9,7 +9,7 @@ import pytest
 from engine.request import FinishReason, RequestOutput, SamplingParams
 from serve_app import engine_client
 from serve_app.engine_client import EngineClient
-from serve_app.errors import Overload, OverloadedError
+from serve_app.errors import Overload, OverloadedError, UnavailableError
 from serve_app.failover import MAX_FRUITLESS, FailoverPolicy, Loss
 from serve_app.group import Group, PlacedPrompt
 from serve_app.messages import Refusal, SubmittedPrompt
@@ -552,3 +552,41 @@ def test_what_the_chaos_run_would_see_without_a_part(
         monkeypatch.setattr(owner, name, getattr(owner, name))  # what is taken out comes back
     take_out()
     assert outcome_of_a_stop() == expected
+
+
+def test_whoever_waits_for_an_opening_is_told_of_an_abort_before_it() -> None:
+    """Without a replica; and where the call is refused after the abort."""
+
+    async def test(client: EngineClient, replicas: FakeReplicas) -> None:
+        item = placed("r")
+        [opening] = client.submit([item])
+        item.streams[0].abort()
+        with pytest.raises(UnavailableError, match="aborted"):
+            await within(opening)
+
+        replicas.run("a", "b")
+        aborted, other = placed("s"), placed("t")
+        openings = client.submit([aborted, other])
+        calls = [await replicas.call(number) for number in range(2)]
+        aborted.streams[0].abort()
+        with pytest.raises(UnavailableError, match="aborted"):
+            await within(openings[0])
+        [left] = [call for call in calls if call.request_ids == ["t"]]
+        left.open()
+        assert (await within(openings[1])).replica_id == left.replica_id
+
+        replicas.run("a")
+        both = placed("u"), placed("v")
+        openings = client.submit(both)
+        call = await replicas.call(2)
+        both[0].streams[0].abort()
+        replicas.run("a", "b")
+        call.send(Refusal("it is full", "a", is_full=True))
+        with pytest.raises(UnavailableError, match="aborted"):
+            await within(openings[0])
+        last = await replicas.call(3)
+        assert (last.replica_id, last.request_ids) == ("b", ["v"])
+        last.open()
+        await within(openings[1])
+
+    run(test)

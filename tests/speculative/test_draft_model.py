@@ -17,6 +17,7 @@ from engine.speculative.draft_model import DraftModel
 from engine.speculative.local import LocalProposer
 from engine.speculative.speculation import Speculation
 from tests.runner.hash_decoder import POISON, VOCAB_SIZE, HashDecoder, expected_output
+from tests.runner.late_device import LateDevice
 from tests.speculative.test_verification import make_engine, make_requests, run
 from tests.tiny_models import write_tiny_model
 
@@ -30,6 +31,12 @@ def make_model(num_blocks: int = 200, *, may_branch: bool = False, **limits: Any
     kv_cache = SimpleNamespace(num_blocks=num_blocks, block_size=2)
     forward = GraphForward(decoder, lambda: kv_cache, config)  # type: ignore[arg-type, return-value]
     return DraftModel(forward, Sampler(()), VOCAB_SIZE, config, may_branch=may_branch), decoder
+
+
+def late_device(model: DraftModel, monkeypatch: pytest.MonkeyPatch) -> LateDevice:
+    forward = model._runner.forward
+    assert isinstance(forward, GraphForward)
+    return LateDevice(forward, monkeypatch)
 
 
 def settle(model: DraftModel) -> list[str]:
@@ -193,6 +200,61 @@ def test_no_numbers_no_drafts() -> None:
     model.open("b", [1, 2], [], GREEDY, 0)
     assert drafts(model, "a", 3) == []
     assert drafts(model, "b", 3) == expected_output([1, 2], 3)
+
+
+@pytest.mark.parametrize("may_branch", [False, True])
+def test_steps_that_need_no_host_are_launched_together(may_branch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All drafts of a round are under way before the first of them is read; not if their likelihoods are wanted."""
+    model, _ = make_model(may_branch=may_branch)
+    device = late_device(model, monkeypatch)
+    tokens = {"a": [1, 2, 3], "b": [4] * 9, "c": [5]}
+    for number in range(6):
+        for key, known in tokens.items():
+            if number:
+                known += [*model.drafts(key)[1][:1], number]
+                assert model.accept(key, len(known) - 2, known[-2:])
+            else:
+                model.open(key, list(known), [], GREEDY, 0)
+            model.order(key, 5 + (key == "b"))
+        num_launched = device.num_launched
+        model.step()
+        if number > 1:  # graphs have been captured
+            assert device.num_launched - num_launched == (2 if may_branch else 5)
+            assert device.num_done - num_launched == 1
+        settle(model)
+        assert device.num_launched - num_launched == 6
+        for key, known in tokens.items():
+            assert model.drafts(key) == (len(known), expected_output(known, 5 + (key == "b")))
+
+
+@pytest.mark.parametrize("reaches_device", [False, True])
+@pytest.mark.parametrize("number", range(4))
+def test_a_launch_fails_between_others(number: int, reaches_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of that round may be missing, and none is wrong, then or later."""
+    model, _ = make_model()
+    device = late_device(model, monkeypatch)
+    known = [1, 2, 3]
+    model.open("a", list(known), [], GREEDY, 0)
+    for _ in range(3):
+        assert drafts(model, "a", 4) == expected_output(known, 4)
+        known.append(8)
+        assert model.accept("a", len(known) - 1, [8])
+    device.fail_at(device.num_launched + number, reaches_device=reaches_device)
+    found = drafts(model, "a", 4)
+    assert found == expected_output(known, 4)[: len(found)]
+    assert len(found) < 4
+    known.append(9)
+    assert model.accept("a", len(known) - 1, [9])
+    assert drafts(model, "a", 4) == expected_output(known, 4)
+    model.drop("a")
+    assert model._blocks.pool.num_blocks_in_use == 0
+
+
+def test_more_drafts_than_steps_may_be_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make_model()
+    late_device(model, monkeypatch)
+    model.open("a", [1, 2, 3], [], GREEDY, 0)
+    assert drafts(model, "a", 70) == expected_output([1, 2, 3], 70)
 
 
 def test_out_of_memory_costs_drafts_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import ModelConfig, Quantization
 from engine.errors import ConfigError
 from engine.loader.checkpoint import Checkpoint
-from engine.model.weights import check_tensors, expected_tensors
+from engine.model.expected_tensors import check_tensors, expected_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 

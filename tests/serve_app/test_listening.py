@@ -1,0 +1,191 @@
+"""`serve run serve_app:app` as users start it: its modes, who listens where, and what HAProxy lets through."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.serve_app.network_namespace import ADDRESS, Namespace, may_make_namespaces, namespace
+
+ROOT = Path(__file__).parents[2]
+SERVE = Path(sys.executable).with_name("serve")
+_LIST = """
+import json, psutil
+listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+print(json.dumps([(c.pid, c.laddr.ip, c.laddr.port) for c in listening]))
+"""
+LIMIT_S = 200.0  # for anything here, on a busy machine
+pytestmark = [
+    pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("cluster"),  # not beside the other one
+]
+
+# What listens beyond this machine, and docs/operations.md tells of: gRPC of Ray, which wants its token, ...
+GRPC = {
+    "serve",
+    "gcs_server",
+    "raylet",
+    "ray::DashboardAgent",
+    "ray::ServeController",
+    "ray::ProxyActor",
+    "ray::HAProxyManager",
+    "ray::ServeReplica:default:engine",
+    "ray::ServeReplica:default:ingress",
+}
+# ... and HTTP of Ray: an agent that wants it too, and metrics.
+HTTP = {"ray::RuntimeEnvAgent", "ray::DashboardAgent", "dashboard.py", "monitor.py"}
+
+
+@pytest.fixture(scope="module")
+def service(default_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:  # noqa: ARG001
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    output = tmp_path_factory.mktemp("listening") / "output"
+    command = [str(SERVE), "run", "serve_app:app", "device=cpu", "max_num_seqs=1"]
+    with namespace(command, output, environment, ROOT) as service:
+        wait_until(lambda: service.has_ended or service.inside(lambda: get("/ready")) == 200, service)
+        yield service
+
+
+def wait_until(condition: Callable[[], bool], service: Namespace) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, service.output()
+        time.sleep(0.1)
+    assert not service.has_ended, service.output()
+
+
+def get(path: str, headers: dict[str, str] | None = None) -> int:
+    """The status; 0 where nobody answers yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=LIMIT_S)
+    try:
+        connection.request("GET", path, headers=headers or {})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def ask(max_tokens: int, *, is_stream: bool = False, timeout_s: float = LIMIT_S) -> http.client.HTTPConnection:
+    """For a completion, with the body in a packet after the headers'."""
+    fields = {"model": "smollm2-135m", "prompt": "Hello", "max_tokens": max_tokens, "ignore_eos": True}
+    body = json.dumps({**fields, "stream": is_stream}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=timeout_s)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    time.sleep(0.05)
+    connection.send(body)
+    return connection
+
+
+def kind(process: psutil.Process) -> str:
+    """Such as ray::ProxyActor, or the script of a Python process."""
+    words = " ".join(process.cmdline()).split()  # a title that a process has given itself is one word for psutil
+    name = words[0] if words[0].startswith("ray::") else Path(words[0]).name
+    if name.startswith("python"):
+        name = next(Path(word).name for word in words[1:] if not word.startswith("-"))
+    return name.split(".")[0] if name.startswith("ray::") else name
+
+
+def listeners(service: Namespace) -> list[tuple[str, str, int]]:
+    """(kind of process, address, port) of everything that accepts connections."""
+    found = []
+    for pid, ip, port in json.loads(service.run_inside([sys.executable, "-c", _LIST])):
+        assert pid is not None, (ip, port)
+        found.append((kind(psutil.Process(pid)), ip, port))
+    return found
+
+
+def speaks_http(port: int) -> bool:
+    """Whether somebody on the other side of the interface would get an answer to a plain question."""
+    with socket.create_connection((ADDRESS, port), timeout=10) as connection:
+        connection.settimeout(2)
+        try:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return connection.recv(16).startswith(b"HTTP/")
+        except OSError:
+            return False
+
+
+def test_the_fast_modes_are_on(service: Namespace) -> None:
+    assert "Serve is throughput-optimised, with HAProxy in front" in service.output()
+    [controller] = [process for process in service.processes() if kind(process) == "ray::ServeController"]
+    environment = controller.environ()
+    assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    [haproxy] = [name for name, _, port in listeners(service) if port == 8000]
+    assert haproxy == "haproxy"
+
+
+def test_http_is_for_this_machine_alone(service: Namespace) -> None:
+    found = listeners(service)
+    serving = {(name, port): ip_address(ip).is_loopback for name, ip, port in found}
+    for where in (("haproxy", 8000), ("haproxy", 8404), ("haproxy", 9101), ("ray::ProxyActor", 8500)):
+        assert serving[where]
+    [replica_port] = [port for name, port in serving if "ingress" in name and 30_000 <= port <= 31_000]
+    assert serving["ray::ServeReplica:default:ingress", replica_port]
+    outside = [(name, port) for name, ip, port in found if not ip_address(ip).is_loopback]
+    with_http = {name for name, port in outside if service.inside(lambda port=port: speaks_http(port))}  # type: ignore[misc]
+    assert with_http == HTTP
+    assert {name for name, _ in outside} == GRPC | HTTP
+
+
+def test_headers_bodies_and_streams_pass_haproxy(service: Namespace) -> None:
+    assert service.inside(lambda: get("/version", {"X-Long": "a" * 65_000})) == 200
+    assert service.inside(lambda: get("/version", {"X-Long": "a" * 70_000})) == 431
+
+    def long_body() -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=LIMIT_S)
+        connection.request("POST", "/v1/completions", b"x" * (33 << 20), {"Content-Type": "application/json"})
+        return connection.getresponse().status
+
+    assert service.inside(long_body) == 413
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_who_leaves_makes_room(service: Namespace, is_stream: bool) -> None:
+    """The engine runs one request at a time; this one would take minutes."""
+
+    def begin_and_leave() -> None:
+        connection = ask(8_000, is_stream=is_stream, timeout_s=LIMIT_S if is_stream else 1.0)
+        if is_stream:
+            response = connection.getresponse()
+            assert response.readline().startswith(b"data:")
+            response.close()
+        else:
+            with pytest.raises(TimeoutError):
+                connection.getresponse()
+        connection.close()
+
+    service.inside(begin_and_leave)
+    assert service.inside(lambda: ask(1).getresponse().status) == 200
+
+
+def test_the_log_has_the_phases_of_the_start(service: Namespace) -> None:
+    output = service.output()
+    for phase in ("importing libraries", "reading headers", "loading weights: 272/272 tensors, 0.25 GiB,"):
+        [line] = [line for line in output.splitlines() if f"{phase}" in line and line.endswith(" s")]
+        seconds = re.search(r"([0-9.]+) s$", line)
+        assert seconds is not None
+        assert 0 <= float(seconds[1]) < 60
+    assert output.count("ready in ") == 1
+
+
+def test_it_ends_when_it_is_interrupted(service: Namespace) -> None:
+    service.command.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + LIMIT_S
+    while not service.has_ended:
+        assert time.monotonic() < deadline, service.output()
+        time.sleep(0.1)
