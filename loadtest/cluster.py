@@ -17,6 +17,7 @@ import httpx
 import psutil
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 ANSWER_S = 2.0  # a process that is stopped or dead gives none
 LOOK_S = 20.0  # to count what a process has
@@ -33,6 +34,7 @@ class Cluster:
         """url: of one that runs already; else `start` sets it."""
         self.application = application
         self.url = url
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
 
     def start(self, app: str, arguments: Mapping[str, str]) -> None:
         """Deploys `module:builder` with arguments as `serve run` takes them; returns when it is ready."""
@@ -160,7 +162,10 @@ class Cluster:
 
     def _all(self, deployment: str, method: str) -> list[Any]:
         """What each replica of a deployment answers."""
-        handle = serve.get_deployment_handle(deployment, self.application)
+        handle = self._handles.get(deployment)
+        if handle is None:
+            handle = self._handles[deployment] = serve.get_deployment_handle(deployment, self.application)
+            handle._init(_run_router_in_separate_loop=True)  # there is no loop here, which fast Serve would take
         return list(handle.broadcast(method).results(timeout_s=30))
 
 
