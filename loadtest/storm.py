@@ -76,14 +76,15 @@ def run(options: StormOptions, app: str, arguments: dict[str, str]) -> StormSumm
     clients = StormClients(cluster.url)
     watch = MemoryWatch(cluster.all_processes(REPLICAS + RAYS_OWN))
     footprints: dict[str, list[Footprint]] = {}
-    left_over = ""
+    left_over, after = "", before
     for number in range(options.rounds):
         plans = make_plans(options.clients, options.spread_s, options.max_tokens, options.seed + number)
         asyncio.run(clients.run(plans))
         left_over = left_over or cluster.left_over()
+        # Serve keeps the last batch of admissions until the next one: let it be a small one.
+        after = asyncio.run(undisturbed(cluster.url, bodies))
         for name, footprint in _footprints(cluster, watch).items():
             footprints.setdefault(name, []).append(footprint)
-    after = asyncio.run(undisturbed(cluster.url, bodies))
     summary = StormSummary(
         options=options,
         arguments=arguments,

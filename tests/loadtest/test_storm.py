@@ -39,16 +39,16 @@ def held(cluster: Cluster) -> dict[str, int]:
 def test_nothing_is_left_of_clients_that_leave(cluster: Cluster) -> None:
     bodies = make_bodies(3, 30, seed=1)
     before = asyncio.run(undisturbed(cluster.url, bodies))
-    held_before = held(cluster)
     clients = StormClients(cluster.url)
+    held_before = held(cluster)  # Serve keeps the last batch of admissions, which here and below is one request
     asyncio.run(clients.run(make_plans(NUM_CLIENTS, SPREAD_S, max_tokens=30, seed=1)))
     assert clients.errors == []
     assert clients.by_outcome.total() == NUM_CLIENTS
     assert {f"left {moment}" for moment in Moment} <= clients.by_outcome.keys()
     assert cluster.left_over() == ""
+    assert asyncio.run(undisturbed(cluster.url, bodies)) == before
     for name, number in held(cluster).items():
         assert number <= held_before[name] + 10, name
-    assert asyncio.run(undisturbed(cluster.url, bodies)) == before
 
 
 def test_clients_that_do_not_read_slow_nobody_and_leave_nothing(cluster: Cluster) -> None:
