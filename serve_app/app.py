@@ -293,7 +293,9 @@ def bind(
         engine_arguments.append(draft.bind(load_draft))
     bound_engine = engine.bind(*engine_arguments, max_requests=config.max_num_seqs + config.max_waiting_requests)
     limits = IngressLimits(config.max_queued_requests, config.max_queued_requests_per_key, config.time_limits)
-    application: Application = ingress.bind(bound_engine, load_model, limits, config.failover_policy)
+    application: Application = ingress.bind(
+        bound_engine, load_model, limits, config.failover_policy, config.placement_rule
+    )
     return application
 
 

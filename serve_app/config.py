@@ -27,6 +27,7 @@ from engine.errors import ConfigError
 from engine.loader.catalogue import CATALOGUE, DEFAULT_MODEL
 from engine.quantize.formats import resolve_quantization
 from serve_app.failover import FailoverPolicy
+from serve_app.placement import HOME_REQUESTS, PlacementRule
 from serve_app.replica_counts import (
     CPU_QUEUE_DEPTH,
     DRAFT_QUEUE_DEPTH,
@@ -250,6 +251,13 @@ class AppConfig(BaseModel):
     @property
     def failover_policy(self) -> FailoverPolicy:
         return FailoverPolicy(self.failover_timeout_s, self.failover_across_fingerprints)
+
+    @property
+    def placement_rule(self) -> PlacementRule | None:
+        """None: where a prompt goes does not hang on what it begins with."""
+        if not self.enable_prefix_caching or self.engine_count.most == 1:
+            return None
+        return PlacementRule(self.block_size, home_requests=HOME_REQUESTS if self.ingress_count.most > 1 else 0.0)
 
     @property
     def model_name(self) -> str:

@@ -32,6 +32,9 @@ from serve_app.messages import (
     encode,
     from_wire,
 )
+from serve_app.placement import TOKENS_PER_REQUEST, NoPlacementObserver, PlacementObserver, PlacementRule
+from serve_app.queued_prompts import queues_of
+from serve_app.rebalancing import Rebalancer
 from serve_app.replica_book import ReplicaBook
 from serve_app.replica_registry import ReplicaGoneError, running_replicas
 from serve_app.waking import Waker
@@ -59,8 +62,11 @@ class EngineClient:
         name: str,
         policy: FailoverPolicy | None = None,
         observer: FailoverObserver | None = None,
+        rule: PlacementRule | None = None,
+        placements: PlacementObserver | None = None,
     ) -> None:
-        """`name` is unique among ingress replicas: it makes group ids and so request ids unique."""
+        """`name` is unique among ingress replicas: it makes group ids and so request ids unique. rule: None: the caches
+        of the replicas do not count."""
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._control = handle.options(method_name="control")
@@ -71,7 +77,12 @@ class EngineClient:
         self._groups: dict[str, Group] = {}
         self._waiting: list[PlacedPrompt] = []  # for a replica that is well and fits
         self._links = ControlLinks(self._send_control)
-        self._book = ReplicaBook(self.running_replicas, self._ask, across_fingerprints=self._policy.across_fingerprints)
+        self._book = ReplicaBook(
+            self.running_replicas, self._ask, across_fingerprints=self._policy.across_fingerprints, rule=rule
+        )
+        self._tokens_per_request = TOKENS_PER_REQUEST if rule is None else rule.tokens_per_request
+        self._placements = placements or NoPlacementObserver()
+        self._rebalancer: Rebalancer[tuple[Group, PlacedPrompt]] = Rebalancer()
         self.last_heard_s = -float("inf")  # time.monotonic() of the last frame of any replica
         self.fingerprint = ""  # of the replica that last opened a group
         self._waker = Waker(handle, self.running_replicas)
@@ -97,6 +108,9 @@ class EngineClient:
         Returns one future for each prompt, of the opening of its first group. It fails with UnavailableError, or with
         OverloadedError where the replicas are full.
         """
+        if (prefixes := self._book.prefixes) is not None:
+            for item in placed:
+                item.chain = prefixes.chain(item.prompt.token_ids)
         self._dispatch(placed)
         return [item.opened for item in placed]
 
@@ -113,27 +127,28 @@ class EngineClient:
 
     def _dispatch(self, prompts: Iterable[PlacedPrompt]) -> None:
         """Sends prompts to replicas, or lets them wait for one."""
-        groups: dict[tuple[str, int, str], list[PlacedPrompt]] = {}
+        chosen: list[tuple[PlacedPrompt, str]] = []
         extra: Counter[str] = Counter()
         for item in prompts:
             if not item.is_live:  # aborted before a replica had it: whoever waits for that is told
                 item.end(UnavailableError("the request was aborted"))
                 continue
-            fingerprint = item.fingerprint
-            replica_id = self._book.choose(extra, fingerprint, excluded=item.full_replicas)
-            if replica_id is None and item.full_replicas:
+            placement = self._book.choose(extra, item.fingerprint, chain=item.chain, excluded=item.full_replicas)
+            if placement is None and item.full_replicas:
                 item.end(OverloadedError("the engine replicas are full; try again later", reason=Overload.ENGINE_FULL))
                 continue
-            if replica_id is None:
+            if placement is None:
                 if self.running_replicas() and item.lost_s is None:
                     item.lost_s = time.monotonic()
                 self._waiting.append(item)
                 continue
-            extra[replica_id] += len(item.streams)
-            required = "" if self._policy.across_fingerprints else fingerprint
-            groups.setdefault((replica_id, item.attempt, required), []).append(item)
-        for (replica_id, attempt, fingerprint), items in groups.items():
-            self._start_group(replica_id, attempt, fingerprint, items)
+            extra[placement.replica_id] += len(item.streams)
+            item.num_held_tokens = placement.num_held_tokens
+            self._record(placement.replica_id, item.chain)
+            if self._book.prefixes is not None:
+                self._placements.on_placed(placement, len(item.streams))
+            chosen.append((item, placement.replica_id))
+        self._start_groups(chosen)
         if self._waiting and not self.running_replicas() and (self._waking is None or self._waking.done()):
             self._waking = spawn(self._wake())
 
@@ -142,19 +157,37 @@ class EngineClient:
         waiting, self._waiting = self._waiting, []
         self._dispatch(waiting)
 
+    def _record(self, replica_id: str | None, chain: Sequence[bytes]) -> None:
+        if self._book.prefixes is not None and replica_id is not None:
+            self._book.prefixes.record(replica_id, chain)
+
+    def _start_groups(self, chosen: Iterable[tuple[PlacedPrompt, str]]) -> None:
+        """Sends prompts to the replicas that they were given."""
+        groups: dict[tuple[str, int, str], list[PlacedPrompt]] = {}
+        for item, replica_id in chosen:
+            required = "" if self._policy.across_fingerprints else item.fingerprint
+            groups.setdefault((replica_id, item.attempt, required), []).append(item)
+        for (replica_id, attempt, fingerprint), items in groups.items():
+            self._start_group(replica_id, attempt, fingerprint, items)
+
     def _start_group(self, replica_id: str, attempt: int, fingerprint: str, items: list[PlacedPrompt]) -> None:
         group = Group(f"{self._name}.{next(self._serial)}", attempt, fingerprint, items, replica_id)
         for member, stream in enumerate(group.streams):
-            stream.on_finished = partial(self._on_finished, group)
+            stream.on_finished = partial(self._on_finished, group, member)
             stream.on_abort = partial(self._on_abort, group, member)
         self._groups[group.group_id] = group
         self._book.count(replica_id, len(group.streams))
         self._observer.on_attempt(len(group.streams))
         spawn(self._run(group))
 
-    def _on_finished(self, group: Group) -> None:
-        if not group.is_over:
-            self._book.count(group.replica_id, -1)
+    def _on_finished(self, group: Group, member: int) -> None:
+        if group.is_over:
+            return
+        self._book.count(group.replica_id, -1)
+        item, stream = group.items[member], group.streams[member]
+        if self._book.prefixes is not None and stream.token_ids:  # the next turn's prompt begins with prompt and answer
+            computed = [*item.prompt.token_ids, *stream.token_ids[:-1]]
+            self._record(group.replica_id, self._book.prefixes.chain(computed, item.chain))
 
     def _on_abort(self, group: Group, member: int) -> None:
         if group.is_over:  # the stream waits for a replica
@@ -235,7 +268,7 @@ class EngineClient:
         group.last_frame_s, group.silent_s = self.last_heard_s, 0.0
         match frame:
             case TokenFrame() | Heartbeat():
-                self._on_sequence(group, frame.sequence, frame.num_requests)
+                self._on_load(group, frame)
             case Opening():
                 self._on_opening(group, frame)
             case Refusal():
@@ -245,6 +278,8 @@ class EngineClient:
         gone = None
         is_stale = False
         for wired in outputs:
+            if group.has_released(wired.member):
+                continue
             stream = group.streams[wired.member]
             output = from_wire(stream.request_id, wired)
             if output.finish_reason is FinishReason.ABORT:  # not the client's: that one has ended the stream already
@@ -267,6 +302,8 @@ class EngineClient:
             self._book.count(opening.replica_id, group.num_live_members)
             group.replica_id = opening.replica_id
         self.fingerprint = self._book.fingerprints[opening.replica_id] = opening.fingerprint
+        if self._book.prefixes is not None:
+            self._book.prefixes.set_capacity(opening.replica_id, opening.num_blocks)
         group.open(opening)
         for member, stream in enumerate(group.streams):
             if stream.finished:  # aborted while the group was on its way
@@ -282,11 +319,11 @@ class EngineClient:
             self._book.suspect(refusal.replica_id)
         raise _LostError(Loss.REFUSED, refusal.reason)
 
-    def _on_sequence(self, group: Group, sequence: int, num_requests: int) -> None:
+    def _on_load(self, group: Group, frame: TokenFrame | Heartbeat) -> None:
         assert group.replica_id is not None
-        group.sequence = sequence
-        self._book.observe_load(group.replica_id, num_requests)
-        if sequence - group.acknowledged >= ACKNOWLEDGE_EVERY:
+        group.sequence = frame.sequence
+        self._book.observe_load(group.replica_id, frame.num_requests, frame.num_waiting)
+        if group.sequence - group.acknowledged >= ACKNOWLEDGE_EVERY:
             self._acknowledge(group)
 
     def _acknowledge(self, group: Group) -> None:
@@ -322,6 +359,7 @@ class EngineClient:
         waiting, self._waiting = self._waiting, []
         self._dispatch(waiting)
         self._give_up(now_s)
+        self._rebalance()
         running = {*self.running_replicas(), *(group.replica_id for group in self._groups.values())}
         self._links.close_all_but(running)
         self._book.forget_all_but(running)
@@ -341,7 +379,26 @@ class EngineClient:
         """Whether another replica would surely take a group whose own drains. While none would, it stays."""
         self._book.learn_fingerprints()
         fingerprints = {item.fingerprint for item in group.prompts}
-        return all(self._book.choose(Counter(), each, known_only=True) is not None for each in fingerprints)
+        return all(self._book.would_fit(each) for each in fingerprints)
+
+    def _rebalance(self) -> None:
+        """Moves requests that wait in a queue to replicas that have none. The engines answer the same, wherever."""
+        queues = partial(queues_of, self._groups.values(), self._tokens_per_request)
+        chosen = []
+        for (group, item), target in self._rebalancer.moves(self._book.depths(), queues):
+            members = group.release(item)
+            self._book.count(group.replica_id, -len(members))
+            if group.num_live_members:
+                for member in members:
+                    self._abort_member(group, member)
+            else:
+                self._remove(group)
+            item.move()
+            item.num_held_tokens = 0
+            self._record(target, item.chain)
+            self._placements.on_moved(len(members))
+            chosen.append((item, target))
+        self._start_groups(chosen)
 
     def _give_up(self, now_s: float) -> None:
         """Ends the requests that have waited long enough for a replica, after they had lost one."""

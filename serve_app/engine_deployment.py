@@ -16,7 +16,7 @@ from engine.errors import EngineDeadError, EngineFullError, SlipstreamError
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
-from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of
 from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
@@ -50,8 +50,7 @@ class Engine:
     ) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
-        self._num_requests = 0
-        self._num_taken = 0  # requests, since the start
+        self._occupancy = Occupancy(lambda: self._engine.stats().num_requests_running)
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
         self._outbox: Outbox | None = None
@@ -74,9 +73,8 @@ class Engine:
             yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
             return
         requests = requests_of(message)
-        group = GroupStream((request.request_id for request in requests), lambda: self._num_requests)
+        group = GroupStream((request.request_id for request in requests), self._occupancy)
         self._groups[message.group_id] = group
-        self._num_taken += len(requests)
         try:
             try:
                 on_outputs = partial(self._ready_outbox().post, group)
@@ -85,12 +83,16 @@ class Engine:
             except SlipstreamError as error:
                 yield self._refusal(str(error), is_full=isinstance(error, EngineFullError))
                 return
-            yield encode(Opening(self._replica_id, message.attempt, self._fingerprint))
+            yield encode(self._opening(message.attempt))
             async for frame in group.frames():
                 yield frame
         finally:
             del self._groups[message.group_id]
             self._abort(group.unfinished_ids)
+            group.leave()
+
+    def _opening(self, attempt: int) -> Opening:
+        return Opening(self._replica_id, attempt, self._fingerprint, self._engine.stats().num_blocks)
 
     def _refusal(self, reason: str, fingerprint: str = "", *, is_full: bool = False) -> bytes:
         return encode(Refusal(reason, self._replica_id, fingerprint, is_full))
@@ -119,8 +121,8 @@ class Engine:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls it where the number of replicas may vary."""
-        num_ongoing = sum(group.num_unfinished for group in self._groups.values())
-        return self._meter.report(time.monotonic(), num_ongoing, self._num_taken - num_ongoing, self._engine.stats())
+        num_ongoing, num_finished = self._occupancy.num_requests, self._occupancy.num_finished
+        return self._meter.report(time.monotonic(), num_ongoing, num_finished, self._engine.stats())
 
     async def check_health(self) -> None:
         """Serve replaces the replica after repeated failures of this. From the first one on, there are metrics."""
@@ -150,13 +152,11 @@ class Engine:
                     self._abort(group.unfinished_ids)  # should the engine only have been slow
                     group.abandon(str(error))
                 continue
-            stats = self._engine.stats()
-            self._num_requests = stats.num_requests_running + stats.num_requests_waiting
             for group in self._groups.values():
                 group.tick()
             if time.monotonic() - reported_s >= REPORT_S:
                 reported_s = time.monotonic()
-                self._metrics.report(stats)
+                self._metrics.report(self._engine.stats())
 
     async def __del__(self) -> None:
         """Serve awaits this once the calls have ended, or when the time for draining is over."""

@@ -34,7 +34,10 @@ class PlacedPrompt:
     lost_s: float | None = None  # since when it has had no replica, after it has lost one
     paused_s: float | None = None  # the same, until it has a token again
     full_replicas: set[str] = field(default_factory=set)  # that have refused it for that alone
-    _admitted_s: float = field(default_factory=time.monotonic)
+    chain: list[bytes] = field(default_factory=list)  # of the prompt, see PrefixIndex; empty where that does not count
+    num_held_tokens: int = 0  # that the replica which it was last sent to was thought to have
+    num_moves: int = 0
+    admitted_s: float = field(default_factory=time.monotonic)
     _num_fruitless: int = 0
     _num_before: int = 0  # tokens of all choices, when its last attempt was lost
 
@@ -73,7 +76,7 @@ class PlacedPrompt:
             self.prompt,
             choices=[choice for _, choice in live],
             outputs=[list(stream.token_ids) for stream, _ in live] if has_begun else [],
-            waited_s=time.monotonic() - self._admitted_s,
+            waited_s=time.monotonic() - self.admitted_s,
         )
         return prompt, [stream for stream, _ in live]
 
@@ -85,9 +88,7 @@ class PlacedPrompt:
             return
         if self.paused_s is None:
             self.paused_s = last_heard_s
-        self.attempt += 1
-        for stream in self.streams:
-            stream.begin_attempt(self.attempt)
+        self._begin_attempt()
         if self.has_advanced:
             self._num_fruitless = 0
         elif loss is Loss.FAILED or (loss is Loss.SILENT and was_open):
@@ -95,6 +96,16 @@ class PlacedPrompt:
         self._num_before = self.num_received
         if self._num_fruitless > MAX_FRUITLESS:
             self.end(UnavailableError(f"{self._num_fruitless} engine replicas were lost while serving this request"))
+
+    def move(self) -> None:
+        """Its attempt is over before it has begun, and the next one is elsewhere."""
+        self.num_moves += 1
+        self._begin_attempt()
+
+    def _begin_attempt(self) -> None:
+        self.attempt += 1
+        for stream in self.streams:
+            stream.begin_attempt(self.attempt)
 
     def end(self, error: OverloadedError | UnavailableError) -> None:
         """Ends whatever has not ended."""
@@ -115,6 +126,7 @@ class Group:
     prompts: list[PlacedPrompt]
     replica_id: str | None  # where it is sent; None: to whichever comes up first
     streams: list[RequestStream] = field(default_factory=list)  # by member index
+    items: list[PlacedPrompt] = field(default_factory=list)  # the prompt of each
     message: Submission = field(init=False)
     is_open: bool = False
     is_over: bool = False  # nothing of it counts any more
@@ -123,6 +135,7 @@ class Group:
     acknowledged: int = 0
     last_frame_s: float = field(default_factory=time.monotonic)  # before the first one: when it was made
     silent_s: float = 0.0  # since the last frame, as the housekeeping counts it
+    _released: set[int] = field(default_factory=set)  # members that have gone elsewhere, while others stay
 
     def __post_init__(self) -> None:
         submitted = []
@@ -130,11 +143,25 @@ class Group:
             prompt, streams = item.submission()
             submitted.append(prompt)
             self.streams += streams
+            self.items += [item] * len(streams)
         self.message = Submission(self.group_id, self.attempt, submitted, self.fingerprint)
 
     @property
     def num_live_members(self) -> int:
-        return sum(not stream.finished for stream in self.streams)
+        return sum(self.is_live(member) for member in range(len(self.streams)))
+
+    def is_live(self, member: int) -> bool:
+        return member not in self._released and not self.streams[member].finished
+
+    def has_released(self, member: int) -> bool:
+        return member in self._released
+
+    def release(self, item: PlacedPrompt) -> list[int]:
+        """The prompt goes elsewhere, and whatever comes for it here is void. Returns its live members."""
+        self.prompts.remove(item)
+        live = [member for member, of in enumerate(self.items) if of is item and self.is_live(member)]
+        self._released.update(live)
+        return live
 
     def open(self, opening: Opening) -> None:
         """A replica has taken it."""

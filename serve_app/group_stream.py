@@ -33,16 +33,34 @@ def requests_of(submission: Submission) -> list[Request]:
     ]
 
 
+class Occupancy:
+    """Of one replica, whose groups count in it. Exact in every frame: ingresses that hear old news all choose the same
+    replica."""
+
+    def __init__(self, num_running: Callable[[], int]) -> None:
+        """num_running: requests, as the engine told last."""
+        self.num_requests = 0
+        self.num_finished = 0  # since the start, without those that have left before they had a token
+        self._num_running = num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the engine has not begun, or not told yet that it has."""
+        return max(0, self.num_requests - self._num_running())
+
+
 class GroupStream:
     """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread."""
 
-    def __init__(self, request_ids: Iterable[str], num_requests: Callable[[], int]) -> None:
+    def __init__(self, request_ids: Iterable[str], occupancy: Occupancy) -> None:
         self.request_ids = list(request_ids)
         self._member_of = {request_id: member for member, request_id in enumerate(self.request_ids)}
         self._buffers = [OutputBuffer() for _ in self.request_ids]
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
-        self._num_requests = num_requests
+        self._begun: set[int] = set()  # members that have had a token
+        self._occupancy = occupancy
+        occupancy.num_requests += len(self.request_ids)
         self._wake = asyncio.Event()
         self._sequence = 0
         self._acknowledged = 0
@@ -54,10 +72,6 @@ class GroupStream:
     def unfinished_ids(self) -> list[str]:
         return [self.request_ids[member] for member in sorted(self._unfinished)]
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._unfinished)
-
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             member = self._member_of[output.request_id]
@@ -65,8 +79,10 @@ class GroupStream:
                 continue
             self._buffers[member].add(output)
             self._dirty[member] = None
+            if output.token_ids:
+                self._begun.add(member)
             if output.finish_reason is not None:
-                self._unfinished.discard(member)
+                self._end(member, is_abort=output.finish_reason is FinishReason.ABORT)
         self._wake.set()
 
     def abandon(self, reason: str) -> None:
@@ -75,6 +91,16 @@ class GroupStream:
             RequestOutput(request_id=request_id, finish_reason=FinishReason.ABORT, error=reason)
             for request_id in self.unfinished_ids
         )
+
+    def leave(self) -> None:
+        """Nobody reads any more: what is unfinished counts no longer, and what comes of it is dropped."""
+        for member in list(self._unfinished):
+            self._end(member, is_abort=True)
+
+    def _end(self, member: int, *, is_abort: bool) -> None:
+        self._unfinished.discard(member)
+        self._occupancy.num_requests -= 1
+        self._occupancy.num_finished += member in self._begun or not is_abort
 
     def acknowledge(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
@@ -107,7 +133,7 @@ class GroupStream:
             elif self._heartbeat_due:
                 self._sequence += 1
                 self._sent()
-                yield encode(Heartbeat(self._sequence, self._num_requests()))
+                yield encode(Heartbeat(self._sequence, self._occupancy.num_requests, self._occupancy.num_waiting))
 
     def _token_frame(self) -> bytes:
         outputs = []
@@ -118,7 +144,7 @@ class GroupStream:
         self._dirty.clear()
         self._sequence += 1
         self._sent()
-        return encode(TokenFrame(self._sequence, self._num_requests(), outputs))
+        return encode(TokenFrame(self._sequence, self._occupancy.num_requests, self._occupancy.num_waiting, outputs))
 
     def _sent(self) -> None:
         self._silent = self._heartbeat_due = False

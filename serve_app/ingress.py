@@ -16,6 +16,7 @@ from serve_app.failover import FailoverPolicy
 from serve_app.http import build_http_app
 from serve_app.load_meter import IngressMeter
 from serve_app.metrics import IngressMetrics
+from serve_app.placement import PlacementRule
 from serve_app.queue_places import QueuePlaces
 from serve_app.readiness import ReadinessCheck
 from serve_app.time_limits import TimeLimits
@@ -43,7 +44,7 @@ class IngressLimits:
 
 @serve.ingress()
 class Ingress:
-    """A Serve deployment. `load` reads the model's small files, in the replica."""
+    """A Serve deployment. `load` reads the model's small files, in the replica. rule: see EngineClient."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, on the loop that will serve
         self,
@@ -51,11 +52,12 @@ class Ingress:
         load: Callable[[], ServedModel],
         limits: IngressLimits,
         failover: FailoverPolicy,
+        rule: PlacementRule | None,
     ) -> None:
         model = load()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._metrics = IngressMetrics()
-        self._client = EngineClient(engine, replica_id, failover, self._metrics)
+        self._client = EngineClient(engine, replica_id, failover, self._metrics, rule, self._metrics)
         self._admitter = BatchAdmitter(
             self._client,
             ReadinessCheck(engine, self._client),

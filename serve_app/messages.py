@@ -39,11 +39,12 @@ class Submission(msgspec.Struct, array_like=True):
 
 
 class Opening(msgspec.Struct, tag="opening", array_like=True):
-    """The first frame of an accepted group: who serves it."""
+    """The first frame of an accepted group: who serves it, and how many blocks its KV cache has."""
 
     replica_id: str
     attempt: int
     fingerprint: str
+    num_blocks: int
 
 
 class Refusal(msgspec.Struct, tag="refusal", array_like=True):
@@ -73,10 +74,14 @@ class MemberOutput(msgspec.Struct, array_like=True):
 
 
 class TokenFrame(msgspec.Struct, tag="tokens", array_like=True):
-    """Everything new of a group, in one message. `num_requests` is the replica's load: running and waiting."""
+    """Everything new of a group, in one message.
+
+    `num_requests` is the replica's load, running and waiting; `num_waiting` those that its engine has not begun.
+    """
 
     sequence: int
     num_requests: int
+    num_waiting: int
     outputs: list[MemberOutput]
 
 
@@ -85,6 +90,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True):
 
     sequence: int
     num_requests: int
+    num_waiting: int
 
 
 Frame = Opening | Refusal | TokenFrame | Heartbeat

@@ -16,6 +16,7 @@ from engine.request import FinishReason
 from engine.stats import EngineStats, RemoteStats, SpeculationStats
 from serve_app.errors import Overload, TimeLimit
 from serve_app.failover import Loss
+from serve_app.placement import Placement
 
 logger = logging.getLogger("ray.serve")
 
@@ -226,6 +227,20 @@ RECOVERY_TIME = MetricSpec(
     seconds_buckets(-2, 4),
 )
 STALE_FRAMES = MetricSpec(MetricKind.COUNTER, "stale_frames", "Frames of earlier attempts, which were dropped.")
+ROUTED_REQUESTS = MetricSpec(
+    MetricKind.COUNTER,
+    "prefix_routed_requests",
+    "Requests that were given an engine replica, by what decided.",
+    tag_keys=("choice",),
+)
+ROUTED_TOKENS = MetricSpec(
+    MetricKind.COUNTER,
+    "prefix_routed_tokens",
+    "Prompt tokens that the engine replicas chosen were thought to have in their caches.",
+)
+MOVED_REQUESTS = MetricSpec(
+    MetricKind.COUNTER, "moved_requests", "Requests that left an engine replica's queue for a replica without one."
+)
 INGRESS_METRICS = (
     TIME_TO_FIRST_TOKEN,
     INTER_TOKEN_LATENCY,
@@ -237,17 +252,23 @@ INGRESS_METRICS = (
     RESUMED_STREAMS,
     RECOVERY_TIME,
     STALE_FRAMES,
+    ROUTED_REQUESTS,
+    ROUTED_TOKENS,
+    MOVED_REQUESTS,
 )
 
 
 class IngressMetrics:
-    """The AnswerObserver and the FailoverObserver of one ingress replica."""
+    """The AnswerObserver, the FailoverObserver and the PlacementObserver of one ingress replica."""
 
     def __init__(self) -> None:
         self._attempts = Metric(STREAM_ATTEMPTS)
         self._resumed = Metric(RESUMED_STREAMS)
         self._recovery = Metric(RECOVERY_TIME)
         self._stale = Metric(STALE_FRAMES)
+        self._routed = Metric(ROUTED_REQUESTS)
+        self._routed_tokens = Metric(ROUTED_TOKENS)
+        self._moved = Metric(MOVED_REQUESTS)
         self._first_token = Metric(TIME_TO_FIRST_TOKEN)
         self._inter_token = Metric(INTER_TOKEN_LATENCY)
         self._whole = Metric(E2E_REQUEST_LATENCY)
@@ -272,6 +293,14 @@ class IngressMetrics:
 
     def on_stale_frame(self) -> None:
         self._stale.record(1)
+
+    def on_placed(self, placement: Placement, num_streams: int) -> None:
+        self._routed.record(num_streams, {"choice": placement.choice.value})
+        if placement.num_held_tokens:
+            self._routed_tokens.record(placement.num_held_tokens * num_streams)
+
+    def on_moved(self, num_streams: int) -> None:
+        self._moved.record(num_streams)
 
     def on_end(self, reason: FinishReason, seconds: float) -> None:
         self._success.record(1, {"finish_reason": reason.value})

@@ -28,10 +28,11 @@ SERVICE_ARGUMENTS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs the cluster runs in one process, which then has the only one."""
+    """Whatever needs the cluster runs in one process, which then has the only one; and first, since it takes long."""
     for item in items:
         if "serve_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("cluster"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -13,12 +13,14 @@ from serve_app.messages import (
     MemberOutput,
     Opening,
     TokenFrame,
+    decode_control,
     decode_submission,
     encode,
 )
 from serve_app.replica_registry import ReplicaGoneError, publish_replicas
 
 APPLICATION = "fake"
+NUM_BLOCKS = 1000
 
 
 class FakeCall:
@@ -27,6 +29,7 @@ class FakeCall:
     def __init__(self, submission: bytes, replica_id: str | None) -> None:
         self.submission = decode_submission(submission)
         self.replica_id = replica_id
+        self.load = (1, 0)  # requests of the replica, and those that wait, as its next frames tell
         self.is_cancelled = False
         self.is_deaf = False  # a stopped process learns of nothing
         self._failure: BaseException | None = None
@@ -38,15 +41,15 @@ class FakeCall:
         return [request_id for prompt in self.submission.prompts for request_id, _ in prompt.choices]
 
     def open(self, replica_id: str = "", fingerprint: str = "fp") -> None:
-        self.send(Opening(replica_id or self.replica_id or "", self.submission.attempt, fingerprint))
+        self.send(Opening(replica_id or self.replica_id or "", self.submission.attempt, fingerprint, NUM_BLOCKS))
 
     def say(self, *token_ids: int, member: int = 0, reason: FinishReason | None = None, **fields: Any) -> None:
         self._sequence += 1
-        self.send(TokenFrame(self._sequence, 1, [MemberOutput(member, list(token_ids), reason, **fields)]))
+        self.send(TokenFrame(self._sequence, *self.load, [MemberOutput(member, list(token_ids), reason, **fields)]))
 
     def beat(self) -> None:
         self._sequence += 1
-        self.send(Heartbeat(self._sequence, 1))
+        self.send(Heartbeat(self._sequence, *self.load))
 
     def send(self, frame: Frame) -> None:
         self._queue.put_nowait(encode(frame))
@@ -82,6 +85,7 @@ class FakeReplicas:
     def __init__(self, *replica_ids: str) -> None:
         self.calls: list[FakeCall] = []
         self.fingerprints: dict[str, str] = {}  # of replicas that answer how they are
+        self.aborted: list[tuple[str, str, int]] = []  # replica, group, member
         self.told = Told()
         self.run(*replica_ids)
 
@@ -100,8 +104,10 @@ class FakeReplicas:
         self.calls.append(call := FakeCall(submission, replica_id))
         return call
 
-    async def _control(self, _message: bytes, **_: str) -> None:
+    async def _control(self, message: bytes, replica_id: str) -> None:
         """Credit and aborts."""
+        for group_id, members in decode_control(message).aborted.items():
+            self.aborted += [(replica_id, group_id, member) for member in members]
 
     async def _status(self, replica_id: str) -> bytes:
         while replica_id not in self.fingerprints:  # it is stopped, or dead

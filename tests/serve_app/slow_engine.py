@@ -18,9 +18,12 @@ class SlowEngine(LLMEngine):
         return super().step()
 
 
-def load_slow_engine(path: Path, _find_drafts: object) -> LLMEngine:
-    """What bind() wants, with the path bound to it."""
+def slow_engine_config() -> EngineConfig:
     limits = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, token_budget=TOKEN_BUDGET, max_model_len=512)
     cache = CacheConfig(num_blocks=2000)
-    config = EngineConfig(dtype=DType.FLOAT32, cache=cache, scheduler=limits, num_threads=1)
-    return SlowEngine.from_path(path, config)
+    return EngineConfig(dtype=DType.FLOAT32, cache=cache, scheduler=limits, num_threads=1)
+
+
+def load_slow_engine(path: Path, _find_drafts: object) -> LLMEngine:
+    """What bind() wants, with the path bound to it."""
+    return SlowEngine.from_path(path, slow_engine_config())

@@ -21,6 +21,7 @@ from engine.config import (
 from engine.errors import ConfigError
 from serve_app.config import AppConfig, cache_dir, parse_config
 from serve_app.failover import FailoverPolicy
+from serve_app.placement import PlacementRule
 from serve_app.time_limits import TimeLimits
 
 MODEL = ModelConfig(
@@ -94,6 +95,15 @@ def test_no_argument_is_unknown_to_the_tests() -> None:
     speculation = {"speculative", "draft_model", "num_draft_tokens"}
     failover = {"failover_timeout_s", "failover_across_fingerprints"}
     assert set(AppConfig.model_fields) == engine | service | placement | speculation | failover
+
+
+def test_placement_rule() -> None:
+    """Where there is a choice, and something in the caches to be found."""
+    assert parse_config({}).placement_rule is None
+    assert parse_config({"engine_replicas": 2, "enable_prefix_caching": False}).placement_rule is None
+    assert parse_config({"max_replicas": 2, "block_size": 32}).placement_rule == PlacementRule(32, home_requests=0)
+    with_others = parse_config({"engine_replicas": 2, "ingress_max_replicas": 2})
+    assert with_others.placement_rule == PlacementRule(16)
 
 
 def test_failover_policy() -> None:

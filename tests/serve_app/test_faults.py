@@ -20,6 +20,7 @@ from serve_app.engine_client import EngineClient
 from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
 from serve_app.messages import Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
+from serve_app.placement import PlacementRule
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
 from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
@@ -65,11 +66,12 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def with_client(test: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
+def with_client(test: Callable[[EngineClient], Coroutine[Any, Any, None]], rule: PlacementRule | None = None) -> None:
     """Runs `test` with an engine client in this process, beside the ingress's own."""
 
     async def run() -> None:
-        client = EngineClient(serve.get_deployment_handle("engine", APPLICATION), f"test{time.monotonic_ns()}")
+        handle = serve.get_deployment_handle("engine", APPLICATION)
+        client = EngineClient(handle, f"test{time.monotonic_ns()}", rule=rule)
         try:
             await asyncio.wait_for(test(client), 60)
         finally:
@@ -99,10 +101,11 @@ def tokens_of(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
-def test_one_member_of_eight_is_cancelled_and_only_it_stops(url: str) -> None:  # noqa: ARG001
+@pytest.mark.parametrize("shared", [[], [5] * 64], ids=["nothing in common", "one beginning"])
+def test_one_member_of_eight_is_cancelled_and_only_it_stops(url: str, shared: list[int]) -> None:  # noqa: ARG001
     async def test(client: EngineClient) -> None:
         await replicas_known(client, 2)
-        prompts = [[5, place] for place in range(8)]
+        prompts = [[*shared, 5, place] for place in range(8)]
         members = [placed(client, prompt, 400) for prompt in prompts]
         openings = await asyncio.gather(*client.submit(members))
         assert len({opening.replica_id for opening in openings}) == 2  # spread over both
@@ -114,7 +117,7 @@ def test_one_member_of_eight_is_cancelled_and_only_it_stops(url: str) -> None:  
         for place in {*range(8)} - {3}:
             assert tokens_of(outputs[place]) == answer(prompts[place], 400)
 
-    with_client(test)
+    with_client(test, PlacementRule(block_size=16))
     wait_until(lambda: num_running() == 0)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.request import FinishReason, RequestOutput, SamplingParams
 from serve_app import group_stream
-from serve_app.group_stream import GroupStream, Outbox, requests_of
+from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, SubmittedPrompt, TokenFrame, decode_frame
 
 Test = Callable[[GroupStream, "Reader"], Awaitable[None]]
@@ -40,7 +40,7 @@ class Reader:
 
 def run(test: Test, members: int = 2) -> None:
     async def main() -> None:
-        group = GroupStream([f"r{member}" for member in range(members)], lambda: 3)
+        group = GroupStream([f"r{member}" for member in range(members)], Occupancy(lambda: 1))
         reader = Reader(group)
         try:
             await test(group, reader)
@@ -87,7 +87,7 @@ def test_one_frame_for_all_outputs_of_a_step() -> None:
         [frame] = reader.frames
         assert isinstance(frame, TokenFrame)
         assert [(member.member, member.token_ids) for member in frame.outputs] == [(0, [10]), (1, [20])]
-        assert (frame.sequence, frame.num_requests) == (1, 3)
+        assert (frame.sequence, frame.num_requests, frame.num_waiting) == (1, 2, 1)
 
     run(test)
 
@@ -142,7 +142,7 @@ def test_heartbeats_only_while_silent() -> None:
     async def test(group: GroupStream, reader: Reader) -> None:
         group.tick()
         await reader.settle()
-        assert reader.frames == [Heartbeat(1, 3)]
+        assert reader.frames == [Heartbeat(1, 2, 1)]
         group.add([output(0, 10)])
         await reader.settle()
         group.tick()
@@ -150,7 +150,7 @@ def test_heartbeats_only_while_silent() -> None:
         assert len(reader.frames) == 2  # the tokens were sign of life enough
         group.tick()
         await reader.settle()
-        assert reader.frames[-1] == Heartbeat(3, 3)
+        assert reader.frames[-1] == Heartbeat(3, 2, 1)
 
     run(test)
 
@@ -208,4 +208,20 @@ def test_outbox_outlives_its_loop() -> None:
     loop = asyncio.new_event_loop()
     outbox = Outbox(loop)
     loop.close()
-    outbox.post(GroupStream(["r0"], lambda: 0), [output(0, 1)])  # the engine's thread must not die of it
+    outbox.post(GroupStream(["r0"], Occupancy(lambda: 0)), [output(0, 1)])  # the engine's thread must not die of it
+
+
+def test_what_a_replica_has_is_what_its_groups_have() -> None:
+    occupancy = Occupancy(lambda: 1)
+    group, other = GroupStream(["r0", "r1", "r2"], occupancy), GroupStream(["r0"], occupancy)
+    assert (occupancy.num_requests, occupancy.num_waiting) == (4, 3)
+    group.add([output(1, 10, FinishReason.STOP), output(0, 10)])
+    group.add([output(1, 11)])
+    assert (occupancy.num_requests, occupancy.num_waiting) == (3, 2)
+    group.leave()
+    group.add([output(0, 11, FinishReason.ABORT)])
+    assert (occupancy.num_requests, occupancy.num_waiting) == (1, 0)
+    other.abandon("the engine is gone")
+    other.leave()
+    assert (occupancy.num_requests, occupancy.num_waiting) == (0, 0)
+    assert occupancy.num_finished == 2  # r1, and r0, which had begun; two have left the queue

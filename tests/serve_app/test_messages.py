@@ -43,7 +43,7 @@ def test_submission_round_trip() -> None:
     ],
 )
 def test_output_round_trip(output: RequestOutput) -> None:
-    frame = messages.TokenFrame(3, 8, [messages.to_wire(2, output)])
+    frame = messages.TokenFrame(3, 8, 1, [messages.to_wire(2, output)])
     decoded = messages.decode_frame(messages.encode(frame))
     assert isinstance(decoded, messages.TokenFrame)
     assert (decoded.sequence, decoded.num_requests, decoded.outputs[0].member) == (3, 8, 2)
@@ -52,7 +52,7 @@ def test_output_round_trip(output: RequestOutput) -> None:
 
 @pytest.mark.parametrize(
     "frame",
-    [messages.Opening("replica", 2, "fp"), messages.Refusal("full", "replica"), messages.Heartbeat(4, 1)],
+    [messages.Opening("replica", 2, "fp", 9), messages.Refusal("full", "replica"), messages.Heartbeat(4, 1, 0)],
 )
 def test_frame_round_trip(frame: messages.Frame) -> None:
     assert messages.decode_frame(messages.encode(frame)) == frame
@@ -66,4 +66,4 @@ def test_control_round_trip() -> None:
 def test_one_token_costs_few_bytes() -> None:
     """64 streams at hundreds of steps a second: the message is the cost."""
     outputs = [messages.to_wire(member, RequestOutput("r", (1000,))) for member in range(64)]
-    assert len(messages.encode(messages.TokenFrame(1, 64, outputs))) < 64 * 16
+    assert len(messages.encode(messages.TokenFrame(1, 64, 0, outputs))) < 64 * 16

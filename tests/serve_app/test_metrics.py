@@ -17,6 +17,7 @@ from serve_app.errors import Overload, TimeLimit
 from serve_app.failover import Loss
 from serve_app.messages import Heartbeat, Opening, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.metrics import EngineMetrics, IngressMetrics, seconds_buckets
+from serve_app.placement import Choice, Placement
 from tests.serve_app.fake_engine import IS_SILENT, FakeEngine
 
 
@@ -170,6 +171,9 @@ def test_ingress_metrics(ray: FakeRay) -> None:
     observer.on_lost(Loss.LEFT, 1)
     observer.on_recovered(1.5)
     observer.on_stale_frame()
+    observer.on_placed(Placement("a", Choice.LOAD, 32), 2)
+    observer.on_placed(Placement("a", Choice.NEW, 0), 1)
+    observer.on_moved(5)
     assert ray.values == {
         "time_to_first_token_seconds": [0.5],
         "inter_token_latency_seconds": [0.01],
@@ -185,6 +189,10 @@ def test_ingress_metrics(ray: FakeRay) -> None:
         "resumed_streams left": [1],
         "recovery_time_seconds": [1.5],
         "stale_frames": [1],
+        "prefix_routed_requests load": [2],
+        "prefix_routed_requests new": [1],
+        "prefix_routed_tokens": [64],
+        "moved_requests": [5],
     }
     ray.failing = {"time_to_first_token_seconds"}
     observer.on_first_token(0.5)  # an answer does not fail for it

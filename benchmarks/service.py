@@ -1,0 +1,191 @@
+"""The whole service against its engine alone, on one machine: `python -m benchmarks.service --shape tinyllama-1.1b`.
+
+Both serve random weights of a known shape, one after the other, each in a process of its own. Clients, HTTP and engine
+share the machine. What the service adds shows in the ratio, and in the time to the first token at part of its capacity.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.engine_runs import measure_throughput
+from benchmarks.hardware import hardware_name
+from benchmarks.service_clients import HOST, Clients, Outcome, Traffic
+from benchmarks.shapes import SHAPES, RandomCheckpoint
+from engine.config import Device
+from engine.request import SamplingParams
+from serve_app.app import bind, load_served_model
+from serve_app.config import AppConfig, parse_config
+from serve_app.ports import free_port
+from serve_app.serve_modes import modes_of_this_process, switch_on
+
+PART_TIMEOUT_S = 500
+errors = Console(stderr=True)
+
+
+def app_config(device: str, arguments: list[str]) -> AppConfig:
+    """arguments: name=value, as `serve run` takes them."""
+    given = dict(argument.split("=", 1) for argument in arguments)
+    defaults: dict[str, Any] = {"device": device, "served_model_name": "m", "speculative": "off"}
+    if device == "cpu":  # as many for the engine alone as the service gives it
+        defaults["num_threads"] = max(1, len(os.sched_getaffinity(0)) - 1)
+    return parse_config(defaults | given)
+
+
+def load_engine(shape: str, config: AppConfig) -> Any:
+    """Runs in the engine's process, which need not have this package's torch before."""
+    from engine.llm_engine import LLMEngine
+
+    checkpoint = RandomCheckpoint(SHAPES[shape], torch.device(config.device))
+    engine = LLMEngine.from_checkpoint(checkpoint, config.engine_config(checkpoint.config))
+    while engine.prepare_next():  # what a service does when it is idle, and would do between these requests
+        pass
+    return engine
+
+
+def run_engine(shape: str, config: AppConfig, num_streams: int, input_tokens: int, output_tokens: int) -> float:
+    """Output tokens/s of so many requests at once, over all of their time."""
+    engine = load_engine(shape, config)
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+    short = replace(sampling, max_tokens=4)
+    measure_throughput(engine, num_streams, num_streams, input_tokens, short, lambda _: None)
+    runs = [
+        measure_throughput(engine, num_streams, num_streams, input_tokens, sampling, lambda _: None) for _ in range(3)
+    ]
+    return median(run.output_tokens_per_s for run in runs)
+
+
+def serve_it(shape: str, config: AppConfig, port: int) -> Callable[[], None]:
+    """Starts Ray and the service on it. Returns what ends both."""
+    import ray
+    from ray import serve
+
+    def load_model() -> Any:  # a tokenizer that knows all ids of the shape
+        model = SHAPES[shape]
+        served = load_served_model(config)
+        return replace(served, vocab_size=model.vocab_size, max_model_len=config.resolve_max_model_len(model))
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    serve.start(http_options={"host": HOST, "port": port})
+    serve.run(bind(config, lambda _: load_engine(shape, config), load_model))
+    return ray.shutdown
+
+
+def run_service(
+    shape: str, config: AppConfig, options: dict[str, Any], num_streams: int, input_tokens: int, output_tokens: int
+) -> dict[str, Any]:
+    """The same requests through HTTP; then as many as saturate it, and arrivals at part of that."""
+    port = free_port(HOST)
+    end = serve_it(shape, config, port)
+    clients = Clients(Traffic(port, SHAPES[shape].vocab_size, input_tokens, output_tokens), options["processes"])
+    warm = Clients(Traffic(port, SHAPES[shape].vocab_size, input_tokens, 4), options["processes"])
+    try:
+        warm.together(num_streams)
+        together = [Outcome.of(clients.together(num_streams), output_tokens) for _ in range(3)]
+        warm.together(options["saturating_streams"])
+        saturated = Outcome.of(clients.together(options["saturating_streams"]), output_tokens)
+        rate = options["load"] * saturated.output_tokens_per_s / output_tokens
+        arriving = Outcome.of(clients.arriving(rate, options["seconds"]), output_tokens)
+    finally:
+        clients.close()
+        warm.close()
+        end()
+    return {
+        "modes": asdict(modes_of_this_process()),
+        "output_tokens_per_s": median(outcome.output_tokens_per_s for outcome in together),
+        "together": [asdict(outcome) for outcome in together],
+        "saturated": asdict(saturated),
+        "requests_per_s": rate,
+        "arriving": asdict(arriving),
+    }
+
+
+def run_part(part: str) -> Any:
+    """This command once more, for one part, in a process of its own. Serve reads its modes when it is imported."""
+    command = [sys.executable, "-m", "benchmarks.service", *sys.argv[1:], "--part", part]
+    environment = dict(os.environ)
+    if part == "service":
+        errors.print(switch_on("auto", HOST, environment))
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=PART_TIMEOUT_S)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"random weights: {', '.join(SHAPES)}")] = "tinyllama-1.1b",
+    streams: Annotated[int, typer.Option(help="requests at once, for the ratio")] = 64,
+    saturating_streams: Annotated[int, typer.Option(help="requests at once that are taken for its capacity")] = 256,
+    load: Annotated[float, typer.Option(help="arrivals, as a share of that capacity")] = 0.7,
+    seconds: Annotated[float, typer.Option(help="of arrivals")] = 20.0,
+    input_tokens: Annotated[int, typer.Option("--input", help="prompt tokens of each request")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output", help="output tokens of each request")] = 256,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    argument: Annotated[list[str] | None, typer.Option(help="of the application, such as ingress_replicas=4")] = None,
+    processes: Annotated[int, typer.Option(help="of clients")] = max(1, (os.cpu_count() or 1) // 4),
+    results: Annotated[Path, typer.Option(help="folder for the JSON file")] = Path("benchmarks/results"),
+    part: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Speed of the whole service over that of its engine alone, and the time to the first token under load."""
+    config = app_config(device, argument or [])
+    if part == "engine":
+        print(json.dumps(run_engine(shape, config, streams, input_tokens, output_tokens)), flush=True)
+        return
+    if part == "service":
+        options = {"saturating_streams": saturating_streams, "load": load, "seconds": seconds, "processes": processes}
+        print(json.dumps(run_service(shape, config, options, streams, input_tokens, output_tokens)), flush=True)
+        return
+    with errors.status("the engine alone"):
+        alone = run_part("engine")
+    with errors.status("the whole service"):
+        service = run_part("service")
+    hardware = hardware_name(Device(device))
+    ratio = service["output_tokens_per_s"] / alone
+    table = Table("", "tokens/s", "TTFT p50 ms", "p99 ms", "requests under way", title=f"{shape} on {hardware}")
+    table.add_row(f"engine alone, {streams} at once", f"{alone:,.0f}", "", "", "")
+    rows = [(f"service, {streams} at once: {ratio:.2f} of that", sorted_middle(service["together"]))]
+    rows.append((f"service, {saturating_streams} at once", service["saturated"]))
+    rows.append((f"service, {service['requests_per_s']:.1f} requests/s arriving", service["arriving"]))
+    for name, row in rows:
+        times = (f"{row[key] * 1000:.0f}" for key in ("ttft_p50_s", "ttft_p99_s"))
+        table.add_row(name, f"{row['output_tokens_per_s']:,.0f}", *times, f"{row['mean_concurrency']:.0f}")
+    Console().print(table)
+    record = {
+        "benchmark": "service",
+        "hardware": hardware,
+        "cpus": os.cpu_count(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shape": shape,
+        "arguments": argument or [],
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "streams": streams,
+        "saturating_streams": saturating_streams,
+        "load": load,
+        "engine_output_tokens_per_s": alone,
+        "ratio": ratio,
+        "service": service,
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"service-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    errors.print(f"written to {path}")
+
+
+def sorted_middle(outcomes: list[dict[str, float]]) -> dict[str, float]:
+    """The one with the median speed."""
+    return sorted(outcomes, key=lambda outcome: outcome["output_tokens_per_s"])[len(outcomes) // 2]
+
+
+if __name__ == "__main__":
+    typer.run(main)
