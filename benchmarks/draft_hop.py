@@ -60,6 +60,9 @@ class InstantDrafter:
     def drafts(self, key: str) -> tuple[int, list[int]]:
         return self._num_accepted[key], [0] * NUM_DRAFT_TOKENS
 
+    def check_integrity(self) -> None:
+        """It holds nothing that could be lost."""
+
 
 class NothingElse:
     """A fallback without proposals."""

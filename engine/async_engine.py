@@ -168,6 +168,7 @@ class AsyncEngine:
                 prepared = not self.engine.prepare_next()
             else:
                 self.engine.check_integrity()
+                self._stats = self.engine.stats()
                 checked = True
 
     def _next_command(self) -> _Group | _Abort:

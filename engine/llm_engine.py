@@ -57,6 +57,7 @@ class LLMEngine:
         self._num_steps = 0
         self._step_time_s = 0.0
         self._num_prompt_tokens = 0
+        self._num_integrity_checks = 0
         self._num_output_tokens = 0
 
     @classmethod
@@ -351,6 +352,7 @@ class LLMEngine:
             num_steps=self._num_steps,
             step_time_s=self._step_time_s,
             num_preemptions=self._scheduler.num_preemptions,
+            num_integrity_checks=self._num_integrity_checks,
             prefix_cache_queries=self._blocks.prefix_cache_queries,
             prefix_cache_hits=self._blocks.prefix_cache_hits,
             prompt_tokens=self._num_prompt_tokens,
@@ -361,3 +363,4 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Assert that every block is accounted for; cheap enough to run whenever the engine is idle."""
         self._scheduler.check_integrity()
+        self._num_integrity_checks += 1

@@ -51,6 +51,7 @@ class EngineStats:
     num_steps: int = 0
     step_time_s: float = 0.0  # moving average
     num_preemptions: int = 0
+    num_integrity_checks: int = 0  # times that every block was found to be accounted for; else the engine ends
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # of those, tokens found
     prompt_tokens: int = 0

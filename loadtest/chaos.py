@@ -8,27 +8,28 @@ client has seen anything but the right answer that it should not have seen.
 
 import asyncio
 import json
+import os
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
-import psutil
 import typer
 
-from loadtest.chaos_clients import Answer, Clients, ask, make_bodies
-from loadtest.chaos_cluster import CONTROLLER, Cluster, ServiceMetrics
+from loadtest.chaos_clients import Clients, make_bodies, undisturbed
 from loadtest.chaos_faults import KILL, STOP, Faults
+from loadtest.cluster import CONTROLLER, Cluster, ServiceMetrics
+from loadtest.memory import MemoryWatch, Trend
 
 APPLICATION = "chaos"
 EXCUSED_S = 20.0  # a connection may break so long after a fault of the ingress: it may have been stopped meanwhile
+UNEXCUSED = "no fault of an ingress"
 SETTLE_S = 120.0  # for the last answers, and for the replicas that are on their way back
 SAMPLE_S = 2.0
-WARM_UP_S = 60.0  # memory is not looked at before that
-MEMORY_LIMIT_BYTES_PER_S = 2**20 / 60
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class ChaosOptions:
     min_faults: int = 1  # of each kind, of each action
     min_resumed: int = 1
     recovery_limit_s: float = 10.0
+    calm_s: float = 0.0  # after the faults: what has lived through them goes on, and its memory is looked at
+    warm_up_s: float = 120.0  # of that time; most of the processes are new
 
 
 @dataclass
@@ -57,8 +60,7 @@ class Summary:
     wrong: list[str]
     hung: int
     error_events: list[str]
-    broken: int
-    unexcused: int  # of those: no fault of an ingress was near
+    broken: dict[str, int]  # connections, by the fault that was the cause
     healed: int
     unhealed: int
     faults: dict[str, int]
@@ -67,8 +69,9 @@ class Summary:
     recovery_p50_s: float | None
     recovery_p99_s: float | None
     longest_pause_s: float
-    left_over: str  # requests and blocks that the engines still hold
-    memory_slopes_bytes_per_s: dict[str, float]
+    load_average: float  # of the machine in the last 5 minutes
+    left_over: str  # requests and blocks that are still held, and what is wrong with the books
+    memory: dict[str, Trend]  # of each process, in the calm
     violations: list[str] = field(default_factory=list)
 
 
@@ -82,13 +85,12 @@ def run(options: ChaosOptions, app: str, arguments: dict[str, str]) -> Summary:
         raise SystemExit(f"chaos: the service has no {missing[0]}")
     assert cluster.wait_until_whole(counts, SETTLE_S), "the service did not come up"
     bodies = make_bodies(options.bodies, options.max_tokens, options.seed)
-    answers = asyncio.run(_undisturbed(cluster.url, bodies))
+    answers = asyncio.run(undisturbed(cluster.url, bodies))
     clients = Clients(cluster.url, bodies, answers, options.seed)
     faults = Faults(cluster, counts, options.actions, options.pause_s, options.seed)
-    metrics, memory = ServiceMetrics(), _Memory(cluster, options.kinds)
+    metrics = ServiceMetrics()
     started_s = time.monotonic()
-    asyncio.run(_disturb(options, clients, faults, metrics, memory))
-    is_whole = cluster.wait_until_whole(counts, SETTLE_S)
+    is_whole, memory = asyncio.run(_disturb(options, counts, clients, faults, metrics))
     metrics.read()
     outcomes = clients.outcomes
     summary = Summary(
@@ -97,8 +99,7 @@ def run(options: ChaosOptions, app: str, arguments: dict[str, str]) -> Summary:
         wrong=outcomes.wrong,
         hung=outcomes.hung,
         error_events=outcomes.error_events,
-        broken=len(outcomes.broken_s),
-        unexcused=sum(not _is_excused(at_s, faults.log.at_s) for at_s in outcomes.broken_s),
+        broken=dict(sorted(_causes(outcomes.broken_s, faults.log.at_s).items())),
         healed=outcomes.healed,
         unhealed=outcomes.unhealed,
         faults=dict(sorted(faults.log.counts.items())),
@@ -107,84 +108,56 @@ def run(options: ChaosOptions, app: str, arguments: dict[str, str]) -> Summary:
         recovery_p50_s=metrics.quantile("recovery_time_seconds", 0.5),
         recovery_p99_s=metrics.quantile("recovery_time_seconds", 0.99),
         longest_pause_s=max(outcomes.longest_pauses_s, default=0.0),
-        left_over=_left_over(cluster) if is_whole else "the service is not whole again",
-        memory_slopes_bytes_per_s=memory.slopes(),
+        load_average=os.getloadavg()[1],
+        left_over=cluster.left_over() if is_whole else "the service is not whole again",
+        memory=memory,
     )
     summary.violations = violations(summary, options)
     return summary
 
 
-async def _undisturbed(url: str, bodies: list[dict[str, Any]]) -> list[Answer]:
-    async with httpx.AsyncClient(timeout=120) as client:
-        return [(await ask(client, url, body))[0] for body in bodies]
-
-
 async def _disturb(
-    options: ChaosOptions, clients: Clients, faults: Faults, metrics: ServiceMetrics, memory: "_Memory"
-) -> None:
+    options: ChaosOptions, counts: dict[str, int], clients: Clients, faults: Faults, metrics: ServiceMetrics
+) -> tuple[bool, dict[str, Trend]]:
+    """Whether the service is whole again when the faults are over; and how its memory then does."""
     striking = threading.Thread(target=faults.run, name="faults", daemon=True)
     running = asyncio.create_task(clients.run(options.streams))
     striking.start()
-    deadline_s = time.monotonic() + options.duration_s
-    while time.monotonic() < deadline_s and not running.done():
-        await asyncio.sleep(SAMPLE_S)
-        await asyncio.to_thread(metrics.read)
-        await asyncio.to_thread(memory.sample)
+    await _sample(options.duration_s, running, metrics.read)
+    late_s = time.monotonic() + options.duration_s  # a busy machine may take twice as long over its faults
+    while _lacking(options, faults.log.counts) and time.monotonic() < late_s and not running.done():
+        await _sample(SAMPLE_S, running, metrics.read)
     faults.stop()
     await asyncio.to_thread(striking.join)
     await asyncio.to_thread(faults.wake_all)
+    is_whole = await asyncio.to_thread(faults.cluster.wait_until_whole, counts, SETTLE_S)
+    watch = MemoryWatch(await asyncio.to_thread(faults.cluster.all_processes, options.kinds))
+    await _sample(options.calm_s, running, watch.sample)
     clients.stopping = True
     await asyncio.wait_for(running, SETTLE_S)
+    return is_whole and not watch.gone, watch.trends(options.warm_up_s)
 
 
-def _is_excused(broken_s: float, faults: list[tuple[str, float]]) -> bool:
-    return any(name.startswith("ingress") and 0 <= broken_s - at_s < EXCUSED_S for name, at_s in faults)
+async def _sample(duration_s: float, running: asyncio.Task[None], look: Callable[[], None]) -> None:
+    deadline_s = time.monotonic() + duration_s
+    while time.monotonic() < deadline_s and not running.done():
+        await asyncio.sleep(SAMPLE_S)
+        await asyncio.to_thread(look)
 
 
-def _left_over(cluster: Cluster) -> str:
-    deadline_s = time.monotonic() + 40.0  # an engine whose ingress was killed notices after 30 s
-    while True:
-        states = cluster.engine_states()
-        if not any(state.num_requests or state.num_blocks_in_use for state in states):
-            return ""
-        if time.monotonic() > deadline_s:
-            return str(states)
-        time.sleep(1.0)
+def _lacking(options: ChaosOptions, done: Mapping[str, int]) -> dict[str, int]:
+    """Faults that are too few, and how many there were."""
+    every = [f"{kind} {action}" for kind in options.kinds for action in options.actions]
+    return {name: done.get(name, 0) for name in every if done.get(name, 0) < options.min_faults}
 
 
-class _Memory:
-    """Resident memory of the processes that live through the run."""
-
-    def __init__(self, cluster: Cluster, kinds: tuple[str, ...]) -> None:
-        self._cluster = cluster
-        self._kinds = kinds
-        self._started_s = time.monotonic()
-        self._samples: dict[str, list[tuple[float, int]]] = {}
-
-    def sample(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._started_s < WARM_UP_S:
-            return
-        for kind in self._kinds:
-            for name, pid in self._cluster.processes(kind).items():
-                try:
-                    resident_bytes = psutil.Process(pid).memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-                self._samples.setdefault(name, []).append((now_s, resident_bytes))
-
-    def slopes(self) -> dict[str, float]:
-        """Bytes a second, by least squares, of those that were seen for two minutes."""
-        return {
-            name: _slope(samples) for name, samples in self._samples.items() if samples[-1][0] - samples[0][0] > 120.0
-        }
-
-
-def _slope(samples: list[tuple[float, int]]) -> float:
-    mean_s = sum(at_s for at_s, _ in samples) / len(samples)
-    mean_bytes = sum(size for _, size in samples) / len(samples)
-    square = sum((at_s - mean_s) ** 2 for at_s, _ in samples)
-    return sum((at_s - mean_s) * (size - mean_bytes) for at_s, size in samples) / square
+def _causes(broken_s: Sequence[float], faults: Sequence[tuple[str, float]]) -> Counter[str]:
+    """Connections that broke, by the latest fault of an ingress before."""
+    causes: Counter[str] = Counter()
+    for at_s in broken_s:
+        near = [name for name, fault_s in faults if name.startswith("ingress") and 0 <= at_s - fault_s < EXCUSED_S]
+        causes[near[-1] if near else UNEXCUSED] += 1
+    return causes
 
 
 def violations(summary: Summary, options: ChaosOptions) -> list[str]:
@@ -196,21 +169,19 @@ def violations(summary: Summary, options: ChaosOptions) -> list[str]:
         found.append(f"{summary.hung} hung requests, {summary.unhealed} that no retry healed")
     if summary.error_events:
         found.append(f"{len(summary.error_events)} errors, such as {summary.error_events[0]}")
-    if summary.unexcused:
-        found.append(f"{summary.unexcused} broken connections without a fault of their ingress")
-    for kind in options.kinds:
-        for action in options.actions:
-            if (done := summary.faults.get(f"{kind} {action}", 0)) < options.min_faults:
-                found.append(f"only {done} of {options.min_faults}: {kind} {action}")
+    if unexcused := summary.broken.get(UNEXCUSED, 0):
+        found.append(f"{unexcused} broken connections without a fault of their ingress")
+    for name, done in _lacking(options, summary.faults).items():
+        found.append(f"only {done} of {options.min_faults}: {name}")
     if (resumed := sum(summary.resumed.values())) < options.min_resumed:
         found.append(f"only {resumed:g} streams were resumed")
     if summary.recovery_p99_s is not None and summary.recovery_p99_s > options.recovery_limit_s:
         found.append(f"99 % have recovered within {summary.recovery_p99_s:g} s")
     if summary.left_over:
         found.append(f"left over: {summary.left_over}")
-    for name, slope in summary.memory_slopes_bytes_per_s.items():
-        if slope > MEMORY_LIMIT_BYTES_PER_S:
-            found.append(f"{name} grows by {slope * 60 / 2**20:.1f} MiB a minute")
+    if options.calm_s and not summary.memory:
+        found.append("too short a calm to say anything about memory")
+    found += [f"{name} grows: {each}" for name, each in summary.memory.items() if each.surely_grows]
     return found
 
 
@@ -228,6 +199,7 @@ def main(
     min_faults: Annotated[int, typer.Option(help="of each kind and action, to pass")] = 1,
     min_resumed: Annotated[int, typer.Option(help="streams, to pass")] = 1,
     recovery_limit: Annotated[float, typer.Option(help="seconds: the 99th percentile, to pass")] = 10.0,
+    calm: Annotated[float, typer.Option(help="seconds after the faults in which memory is looked at")] = 0.0,
     app: Annotated[str, typer.Option(help="module:builder, as for serve run")] = "serve_app:app",
     output: Annotated[Path | None, typer.Option(help="a file for the summary")] = None,
 ) -> None:
@@ -244,6 +216,7 @@ def main(
         min_faults=min_faults,
         min_resumed=min_resumed,
         recovery_limit_s=recovery_limit,
+        calm_s=calm,
     )
     summary = run(options, app, {"engine_replicas": "2", "ingress_replicas": "2"} | given)
     text = json.dumps(asdict(summary), indent=2)

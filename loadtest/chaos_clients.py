@@ -13,7 +13,7 @@ import httpx
 HUNG_S = 60.0  # without a byte
 LAST_RETRIES = 5  # when no more faults come: before that, each retry may meet another
 RETRY_PAUSE_S = 2.0
-_WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
+WORDS = ["tide", "harbour", "lantern", "rope", "storm", "gull", "anchor", "salt", "keel", "chart", "compass", "reef"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,16 @@ class Outcomes:
     longest_pauses_s: list[float] = field(default_factory=list)  # of each completed stream
 
 
-class _BrokenError(Exception):
+class BrokenError(Exception):
     """The connection, or what a proxy says when there is nobody behind it."""
 
 
-class _FailedError(Exception):
-    """An error event within the stream."""
+class FailedError(Exception):
+    """An error event within the stream, or instead of it (then with its status)."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def make_bodies(count: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -60,7 +64,7 @@ def make_bodies(count: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "prompt": " ".join(draw.choices(_WORDS, k=draw.randint(4, 60))),
+            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(4, 60))),
             "max_tokens": max_tokens,
             "seed": draw.randrange(1 << 40),
             "ignore_eos": True,
@@ -83,9 +87,10 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tupl
     try:
         async with client.stream("POST", f"{url}/completions", json=body) as response:
             if response.status_code >= 500:
-                raise _BrokenError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
+                raise BrokenError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
             if response.status_code != 200:
-                raise _FailedError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
+                message = f"status {response.status_code}: {(await response.aread())[:200]!r}"
+                raise FailedError(message, response.status_code)
             async for line in response.aiter_lines():
                 if not line.startswith("data: "):
                     continue
@@ -96,7 +101,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tupl
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    raise _FailedError(str(event["error"]))
+                    raise FailedError(str(event["error"]))
                 usage = event["usage"]["completion_tokens"] if event.get("usage") else usage
                 for choice in event["choices"]:
                     index = choice["index"]
@@ -106,12 +111,18 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tupl
     except httpx.ReadTimeout:
         raise TimeoutError from None
     except httpx.TransportError as error:
-        raise _BrokenError(repr(error)) from None
+        raise BrokenError(repr(error)) from None
     if not done:
-        raise _BrokenError("the stream ended without [DONE]")
+        raise BrokenError("the stream ended without [DONE]")
     order = sorted(texts)
     every_token = tuple(token for index in order for token in tokens[index])
     return Answer(tuple(texts[i] for i in order), every_token, tuple(reasons[i] for i in order), usage), longest_s
+
+
+async def undisturbed(url: str, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
+    """What the service answers while it has nothing else to do."""
+    async with httpx.AsyncClient(timeout=120) as client:
+        return [(await ask(client, url, body))[0] for body in bodies]
 
 
 class Clients:
@@ -144,10 +155,10 @@ class Clients:
             except TimeoutError:
                 outcomes.hung += 1
                 return
-            except _FailedError as error:
+            except FailedError as error:
                 outcomes.error_events.append(str(error))
                 return
-            except _BrokenError:
+            except BrokenError:
                 outcomes.broken_s.append(time.monotonic())
                 was_broken = True
                 num_last_retries += self.stopping

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from loadtest.chaos_cluster import Cluster
+from loadtest.cluster import Cluster
 
 STOP_S = (4.0, 8.0)  # longer than the service takes for a sign of life, shorter than Serve takes to replace a replica
 KILL, STOP = "kill", "stop"
@@ -32,7 +32,7 @@ class Faults:
     def __init__(self, cluster: Cluster, counts: dict[str, int], actions: Sequence[str], pause_s: float, seed: int):
         """counts: of each kind of process, how many there are."""
         self.log = FaultLog()
-        self._cluster = cluster
+        self.cluster = cluster
         self._counts = counts
         self._actions = actions
         self._pause_s = pause_s
@@ -63,7 +63,7 @@ class Faults:
         while len(processes) < self._counts[kind]:
             if self._stop.wait(0.2 if processes else 0.0):
                 return
-            processes = self._cluster.processes(kind)
+            processes = self.cluster.processes(kind)
         _, pid = self._draw.choice(sorted(processes.items()))
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if action == KILL else signal.SIGSTOP)

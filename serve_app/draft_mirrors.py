@@ -140,6 +140,11 @@ class MirrorKeeper:
             for mirror in list(self._due.values()):  # no more will come: no room, or the end of the context
                 self._answer(mirror)
 
+    def check_integrity(self) -> None:
+        """Assert that the drafter's books are right, and that it has our mirrors."""
+        self._drafter.check_integrity()
+        assert self.num_mirrors == len(self._by_name), f"{self.num_mirrors} mirrors, but {len(self._by_name)} names"
+
     def replies(self) -> list[tuple[Peer, Drafts]]:
         """What is new, one message for each engine that it concerns."""
         return [(engine.peer, self._reply(engine)) for engine in self._engines.values() if engine.has_news]

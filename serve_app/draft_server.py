@@ -56,6 +56,7 @@ class DraftServer:
         self._failure: BaseException | None = None
         self._last_progress_s = time.monotonic()
         self._last_upkeep_s = self._last_progress_s
+        self._is_checked = False  # since the last round
         self._routers: list[zmq.Socket[bytes]] = []
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
 
@@ -74,6 +75,10 @@ class DraftServer:
     @property
     def num_mirrors(self) -> int:
         return self._keeper.num_mirrors
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def start(self) -> None:
         self._last_progress_s = time.monotonic()
@@ -147,6 +152,7 @@ class DraftServer:
             case Hello():  # of any version: the engine's side decides
                 self._send_bytes(peer, self._welcome)
             case message:
+                self._is_checked = False
                 self._keeper.apply(peer, message)
 
     def _send(self, peer: Peer, message: Drafts) -> None:
@@ -165,5 +171,8 @@ class DraftServer:
 
     def _keep_up(self) -> None:
         self._keeper.expire()
+        if not self._is_checked and not self._keeper.has_work:
+            self._keeper.check_integrity()
+            self._is_checked = True
         for peer, message in self._keeper.signs_of_life():
             self._send(peer, message)

@@ -19,6 +19,9 @@ BUFFER_BYTES = 81_920
 # Serve restarts HAProxy when ingress replicas come or go. The old process goes on with what it has begun, and cuts that
 # off after this time, which in Serve is two minutes: a long answer takes longer. Serve lets nothing take an hour.
 HARD_STOP_S = 3600
+# After which a client that takes nothing of what is ready for it is dropped, and its request freed; in Serve, an hour.
+# A client that waits for an answer, or for more of it, is not concerned.
+CLIENT_TIMEOUT_S = 120
 # How long an ingress replica that is to leave goes on accepting, for HAProxy to hear of it. Serve's 30 s are for
 # clusters and other people's load balancers; on one machine HAProxy hears of it in a moment.
 _MIN_DRAINING_S = 2
@@ -94,6 +97,7 @@ def settings(directory: Path, host: str, environment: Mapping[str, str]) -> dict
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": BALANCE,
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HARD_STOP_S),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_MIN_DRAINING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),

@@ -199,3 +199,12 @@ def test_idle_engine_checks_its_blocks(engine: AsyncEngine, monkeypatch: pytest.
     monkeypatch.setattr(engine.engine, "check_integrity", checked.set)
     engine.submit([make_request("a")], Collector("a"))
     assert checked.wait(TIMEOUT_S)
+
+
+def test_that_the_blocks_were_checked_is_told(engine: AsyncEngine) -> None:
+    engine.submit([make_request("a")], Collector("a"))
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not engine.stats().num_integrity_checks:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    engine.check_health()

@@ -58,3 +58,7 @@ class Drafter(Protocol):
     def drafts(self, key: str) -> tuple[int, list[int]]:
         """Absolute position of the first draft, which is the number of accepted tokens, and the drafts from there."""
         ...
+
+    def check_integrity(self) -> None:
+        """Assert that whatever the mirrors hold is accounted for; cheap enough for every time that nothing is to do."""
+        ...

@@ -10,7 +10,7 @@ import ray
 from ray import serve
 
 from engine.stats import EngineStats
-from loadtest.chaos_cluster import ServiceMetrics
+from loadtest.cluster import ServiceMetrics
 from serve_app import replica_counts
 from serve_app.app import bind, load_served_model
 from serve_app.config import parse_config

@@ -124,14 +124,15 @@ def test_ray_heeds_the_environment(tmp_path: Path) -> None:
         "print(get_authentication_mode() == AuthenticationMode.TOKEN, constants.RAY_SERVE_ENABLE_HA_PROXY,\n"
         "    constants.RAY_SERVE_THROUGHPUT_OPTIMIZED, constants.RAY_SERVE_HAPROXY_TUNE_BUFSIZE > 64 * 1024,\n"
         f"   constants.RAY_SERVE_HAPROXY_BALANCE_ALGORITHM == {haproxy.BALANCE!r},\n"
-        f"   constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == {haproxy.HARD_STOP_S})\n"
+        f"   constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == {haproxy.HARD_STOP_S},\n"
+        f"   constants.RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S == {haproxy.CLIENT_TIMEOUT_S})\n"
     )
     script = f'source "$1" && exec "{sys.executable}" -c "$2"'
     command = ["bash", "-c", script, "bash", str(ROOT / "deploy/environment.sh"), program]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["HOME"] = str(tmp_path)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == ["True"] * 6, result.stderr
+    assert result.stdout.split() == ["True"] * 7, result.stderr
 
 
 def test_serve_accepts_the_service() -> None:

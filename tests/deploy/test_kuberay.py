@@ -74,7 +74,7 @@ def test_all_pods_have_the_modes_of_the_other_clusters(service: RayService) -> N
     script = ["env", "-i", "bash", "-c", 'source "$1" && env -0', "bash", str(ROOT / "deploy/environment.sh")]
     variables = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")
     exported = dict(variable.split("=", 1) for variable in variables if variable.startswith("RAY_SERVE_"))
-    assert len(exported) == 5
+    assert len(exported) == 6
     for pod in pods(service):
         [container] = pod.spec.containers
         assert {variable.name: variable.value for variable in container.env} == exported

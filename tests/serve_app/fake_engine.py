@@ -43,6 +43,7 @@ class FakeEngine:
         self._step_s = step_s
         self._running: dict[str, _Running] = {}
         self._num_steps = 0
+        self._num_integrity_checks = 0
 
     def add(self, request: Request) -> None:
         self._running[request.request_id] = _Running(request, len(request.output_token_ids))
@@ -90,7 +91,14 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         num = len(self._running)
-        return EngineStats(num_requests_running=num, num_blocks=100, num_blocks_in_use=num, num_steps=self._num_steps)
+        return EngineStats(
+            num_requests_running=num,
+            num_blocks=100,
+            num_blocks_in_use=num,
+            num_steps=self._num_steps,
+            num_integrity_checks=self._num_integrity_checks,
+        )
 
     def check_integrity(self) -> None:
         assert len(self._running) <= 10_000
+        self._num_integrity_checks += 1

@@ -242,3 +242,18 @@ def test_the_socket_is_for_its_user_only_and_goes_with_the_server() -> None:
         directory = Path(server.ipc.address.removeprefix("ipc://")).parent
         assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
     assert not directory.exists()
+
+
+def test_a_draft_whose_books_are_wrong_is_replaced() -> None:
+    """They are looked at whenever there is nothing to draft."""
+    drafter = ToyDrafter()
+    with server_of(drafter) as server, proposer_of([server.ipc]) as proposer:
+        request = make_request()
+        wait_until(lambda: drafts_right(proposer, request))
+        wait_until(lambda: drafter.num_checks > 0)
+        server.check_health()
+        drafter.is_broken = True
+        propose(proposer, request)
+        wait_until(lambda: not server.is_alive)
+        with pytest.raises(DraftDeadError, match="a mirror's blocks are lost"):
+            server.check_health()

@@ -11,10 +11,11 @@ from serve_app import engine_client
 from serve_app.engine_client import EngineClient
 from serve_app.errors import Overload, OverloadedError, UnavailableError
 from serve_app.failover import MAX_FRUITLESS, FailoverPolicy, Loss
-from serve_app.group import PlacedPrompt
+from serve_app.group import Group, PlacedPrompt
 from serve_app.messages import Refusal, SubmittedPrompt
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
+from tests.serve_app import chaos_app
 from tests.serve_app.fake_replicas import FakeReplicas, until, within
 
 SILENCE_S = 0.3
@@ -505,6 +506,52 @@ def test_what_is_aborted_before_it_could_be_sent_is_not_sent() -> None:
         assert not replicas.calls
 
     run(test, "a")
+
+
+def outcome_of_a_stop() -> tuple[list[int], str | None]:
+    """Ids and error of an answer whose first replica is stopped and then goes on, about something else."""
+    outcome: list[tuple[list[int], str | None]] = []
+
+    async def test(client: EngineClient, replicas: FakeReplicas) -> None:
+        item = placed("r")
+        client.submit([item])
+        first = await replicas.call(0)
+        first.is_deaf = True
+        first.open()
+        first.say(10)
+        await until(lambda: len(replicas.calls) > 1 or item.streams[0].finished)
+        if len(replicas.calls) > 1:
+            second = replicas.calls[1]
+            second.open()
+            second.say(11)
+            await until(lambda: len(item.streams[0].token_ids) == 2)
+            first.say(99)
+            await asyncio.sleep(0.05)
+            second.say(12, reason=FinishReason.LENGTH)
+        outputs = await within(read(item.streams[0]))
+        outcome.append((ids(outputs), outputs[-1].error))
+
+    run(test, "a", "b")
+    return outcome[0]
+
+
+@pytest.mark.parametrize(
+    ("take_out", "expected"),
+    [
+        (lambda: None, ([10, 11, 12], None)),
+        (chaos_app.take_out_cancelling, ([10, 11, 12], None)),
+        (chaos_app.take_out_fencing, ([10, 11, 99, 12], None)),
+        (chaos_app.take_out_resumption, ([10], "lost")),
+    ],
+)
+def test_what_the_chaos_run_would_see_without_a_part(
+    monkeypatch: pytest.MonkeyPatch, take_out: Callable[[], None], expected: tuple[list[int], str | None]
+) -> None:
+    """It compares answers, and counts errors: without fencing or without resumption it must fail."""
+    for owner, name in ((Group, "close"), (RequestStream, "receive"), (PlacedPrompt, "lose")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # what is taken out comes back
+    take_out()
+    assert outcome_of_a_stop() == expected
 
 
 def test_whoever_waits_for_an_opening_is_told_of_an_abort_before_it() -> None:

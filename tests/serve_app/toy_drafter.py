@@ -52,6 +52,8 @@ class ToyDrafter:
         self.max_tokens = max_tokens
         self.mirrors: dict[str, _Mirror] = {}
         self.num_steps = 0
+        self.num_checks = 0
+        self.is_broken = False  # its books do not add up
         self._vocab_size = vocab_size
 
     @property
@@ -111,6 +113,10 @@ class ToyDrafter:
     def drafts(self, key: str) -> tuple[int, list[int]]:
         mirror = self.mirrors[key]
         return len(mirror.accepted), list(mirror.drafts)
+
+    def check_integrity(self) -> None:
+        assert not self.is_broken, "a mirror's blocks are lost"
+        self.num_checks += 1
 
 
 class ScriptedProposer:
