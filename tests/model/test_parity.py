@@ -110,8 +110,8 @@ def test_decoded_logits_with_chunked_prefill_and_prefix_hit(
     recorded: list[torch.Tensor] = []
     launch = engine._runner.forward.launch
 
-    def recording_launch(chunks: Sequence[ScheduledChunk]) -> Any:
-        outcome = launch(chunks)
+    def recording_launch(chunks: Sequence[ScheduledChunk], num_further: int) -> Any:
+        outcome = launch(chunks, num_further)
         outcome.choices()  # waits
         recorded.extend(outcome.logits.cpu())
         return outcome

@@ -87,6 +87,7 @@ def answer(url: str, fields: dict[str, Any], on_chunk: Callable[[], None] = lamb
                 of_choice["logprobs"] += (choice["logprobs"] or {}).get("token_logprobs", [])
                 of_choice["end"] = choice["finish_reason"] or of_choice["end"]
     seen["usage"].pop("prompt_tokens_details")  # there are prefix hits the second time
+    seen["usage"].pop("completion_tokens_details", None)  # of drafts, which are as many as pay at that time
     return seen
 
 
