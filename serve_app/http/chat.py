@@ -97,7 +97,7 @@ async def chat_completions(request: Request) -> Response:
         model=admitter.model_name,
         system_fingerprint=service.system_fingerprint,
     )
-    return await reply.answer(request, stream=chat.stream, include_usage=chat.include_usage)
+    return await reply.answer(request, stream=chat.stream, usage_reports=chat.usage_reports)
 
 
 async def _render(chat: ChatRequest, service: Service, tokenizer: Tokenizer) -> str:

@@ -101,7 +101,7 @@ async def completions(request: Request) -> Response:
         model=admitter.model_name,
         system_fingerprint=service.system_fingerprint,
     )
-    return await reply.answer(request, stream=completion.stream, include_usage=completion.include_usage)
+    return await reply.answer(request, stream=completion.stream, usage_reports=completion.usage_reports)
 
 
 def _shape(

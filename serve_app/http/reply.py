@@ -11,6 +11,7 @@ from starlette.responses import Response
 from serve_app.http.disconnect import until_disconnect
 from serve_app.http.error_response import answer_to, json_response, request_id_of
 from serve_app.http.generation import ChoiceDelta, Generation, joined
+from serve_app.http.schema import UsageReports
 from serve_app.http.sse import DONE, EventStream, event
 
 
@@ -51,7 +52,7 @@ class Reply:
             head["system_fingerprints"] = fingerprints  # not in OpenAI's schema
         return head
 
-    async def answer(self, request: Request, *, stream: bool, include_usage: bool) -> Response:
+    async def answer(self, request: Request, *, stream: bool, usage_reports: UsageReports) -> Response:
         """The response; a stream's comes only once it has a first event, so that earlier errors have a status.
 
         Raises:
@@ -61,7 +62,7 @@ class Reply:
         try:
             if not stream:
                 return json_response(await until_disconnect(request.receive, self._whole()))
-            events = self._events(request_id_of(request), include_usage)
+            events = self._events(request_id_of(request), usage_reports)
             first = await until_disconnect(request.receive, anext(events))
             return EventStream(first, events, on_close=self._generation.abort)
         except BaseException:
@@ -77,18 +78,20 @@ class Reply:
         head = {**self._head(), "object": self._shape.object_name}
         return {**head, "choices": choices, "usage": self._generation.usage.body()}
 
-    async def _events(self, request_id: str, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    async def _events(self, request_id: str, usage_reports: UsageReports) -> AsyncGenerator[bytes, None]:
         kind = {"object": self._shape.chunk_object_name}
-        usage = {"usage": None} if include_usage else {}
+        usage: dict[str, Any] = {} if usage_reports is UsageReports.NEVER else {"usage": None}
         started = False
         try:
             async with aclosing(self._generation.deltas()) as deltas:
                 async for delta in deltas:
                     choice = self._shape.chunk(delta)
                     if choice is not None:
+                        if usage_reports is UsageReports.ALWAYS:
+                            usage["usage"] = self._generation.usage.body()
                         yield event({**self._head(), **kind, "choices": [choice], **usage})
                         started = True
-            if include_usage:
+            if usage_reports is not UsageReports.NEVER:
                 yield event({**self._head(), **kind, "choices": [], "usage": self._generation.usage.body()})
         except Exception as error:
             if not started:

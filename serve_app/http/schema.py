@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from enum import Enum, auto
 from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -141,10 +142,25 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
+class UsageReports(Enum):
+    """With which of a stream's chunks its counts of tokens come."""
+
+    NEVER = auto()
+    LAST = auto()
+    ALWAYS = auto()
+
+
 class StreamOptions(Wire):
     refused = unsupported.STREAM_OPTIONS
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with every chunk, what there is up to then
+
+    @model_validator(mode="after")
+    def _check_usage(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise FieldError("needs include_usage: true", "continuous_usage_stats")
+        return self
 
 
 class GenerationFields(Wire):
@@ -188,8 +204,11 @@ class GenerationFields(Wire):
         return self
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_reports(self) -> UsageReports:
+        options = self.stream_options or StreamOptions()
+        if options.continuous_usage_stats:
+            return UsageReports.ALWAYS
+        return UsageReports.LAST if options.include_usage else UsageReports.NEVER
 
     def sampling_params(self, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """What the engine is asked for; any field left out is the model's own default, then the API's.

@@ -75,6 +75,5 @@ MESSAGE: Mapping[str, Harmless] = {
 }
 
 STREAM_OPTIONS: Mapping[str, Harmless] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),  # random padding against eavesdroppers on unencrypted networks
 }

@@ -122,6 +122,7 @@ def test_bad_value_is_named(field, value):
         ({"logit_bias": {"1": True}}, "logit_bias.1"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ],
 )
 def test_bad_value_inside_a_field_has_its_path(fields, param):

@@ -95,6 +95,19 @@ def test_usage_comes_last_and_is_null_before(n):
     assert events[-1]["usage"] == ask(FakeAdmitter([says("hello")]), n=n).json()["usage"]
 
 
+def test_usage_comes_with_every_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = events_of(ask(FakeAdmitter([says("hello", size=2)]), stream=True, stream_options=options))
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert len(counts) >= 4
+    assert counts == sorted(counts)
+    assert counts[0] < counts[1] < counts[-1] == 6
+    assert all(e["usage"]["total_tokens"] == 19 + count for e, count in zip(events, counts, strict=True))
+    assert events[-1]["choices"] == []
+    plain = events_of(ask(FakeAdmitter([says("hello", size=2)]), stream=True, stream_options={"include_usage": True}))
+    assert [event["choices"] for event in events] == [event["choices"] for event in plain]
+
+
 def test_choices_keep_their_own_text_and_end():
     scripts = [says("one"), says("two!", end=FinishReason.LENGTH), says("three", size=2)]
     whole = ask(FakeAdmitter(scripts), n=3).json()["choices"]
