@@ -64,3 +64,16 @@ def test_links_lead_somewhere() -> None:
 def test_every_document_is_linked_from_the_readme() -> None:
     linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text())}
     assert {str(document.relative_to(ROOT)) for document in DOCUMENTS} - {"README.md"} <= linked
+
+
+def test_sequence_diagrams_have_no_semicolons() -> None:
+    """Mermaid takes one for the end of a statement, and GitHub then shows an error in place of the diagram."""
+    diagrams = [
+        (document.name, diagram)
+        for document in DOCUMENTS
+        for diagram in re.findall(
+            r"^```mermaid\nsequenceDiagram\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+    assert len(diagrams) >= 4
+    assert [name for name, diagram in diagrams if ";" in diagram] == []
