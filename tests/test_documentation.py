@@ -8,7 +8,8 @@ from serve_app.config import AppConfig
 from serve_app.metrics import ENGINE_METRICS, INGRESS_METRICS
 
 ROOT = Path(__file__).parent.parent
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
 def rows(document: str) -> dict[str, list[str]]:
@@ -45,9 +46,34 @@ def test_every_metric_is_documented_with_its_type() -> None:
     assert documented == {spec.name: spec.kind.value for spec in specs}
 
 
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    assert len(documents) >= 4
-    for document in documents:
-        for target in LINK.findall(document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "models.md"} <= {document.name for document in DOCUMENTS}
+    for document in DOCUMENTS:
+        for target, anchor in LINK.findall(document.read_text()):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{document.name}: {target}#{anchor}"
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text())}
+    assert {str(document.relative_to(ROOT)) for document in DOCUMENTS} - {"README.md"} <= linked
+
+
+def test_sequence_diagrams_have_no_semicolons() -> None:
+    """Mermaid takes one for the end of a statement, and GitHub then shows an error in place of the diagram."""
+    diagrams = [
+        (document.name, diagram)
+        for document in DOCUMENTS
+        for diagram in re.findall(
+            r"^```mermaid\nsequenceDiagram\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+    assert len(diagrams) >= 4
+    assert [name for name, diagram in diagrams if ";" in diagram] == []
