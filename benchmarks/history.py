@@ -23,7 +23,7 @@ IGNORED = frozenset(
         *("bytes_per_s", "bandwidth_fraction", "gb_per_s", "kv_gb_per_s", "kv_fraction", "tflop_per_s", "step_bytes"),
         *("peak_bytes_per_s", "weight_bytes_per_step", "predicted", "num_blocks", "kv_cache_bytes", "other_bytes"),
         *("free_bytes", "free_at_work_bytes", "num_steps", "num_preemptions", "drafted_share", "good_part"),
-        "most_replicas",
+        *("most_replicas", "mean_concurrency"),
     }
 )
 # What older reports did not say, because there was nothing else; and what they called otherwise, with its factor.

@@ -32,6 +32,7 @@ from serve_app.ports import free_port
 from serve_app.serve_modes import modes_of_this_process, switch_on
 
 PART_TIMEOUT_S = 500
+REPEATS = 3  # of the requests that are there at once
 errors = Console(stderr=True)
 
 
@@ -55,16 +56,17 @@ def load_engine(shape: str, config: AppConfig) -> Any:
     return engine
 
 
-def run_engine(shape: str, config: AppConfig, num_streams: int, input_tokens: int, output_tokens: int) -> float:
-    """Output tokens/s of so many requests at once, over all of their time."""
+def run_engine(shape: str, config: AppConfig, num_streams: int, input_tokens: int, output_tokens: int) -> list[float]:
+    """Output tokens/s of so many requests at once, over all of their time, of each run."""
     engine = load_engine(shape, config)
     sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
     short = replace(sampling, max_tokens=4)
     measure_throughput(engine, num_streams, num_streams, input_tokens, short, lambda _: None)
-    runs = [
-        measure_throughput(engine, num_streams, num_streams, input_tokens, sampling, lambda _: None) for _ in range(3)
-    ]
-    return median(run.output_tokens_per_s for run in runs)
+    runs = (
+        measure_throughput(engine, num_streams, num_streams, input_tokens, sampling, lambda _: None)
+        for _ in range(REPEATS)
+    )
+    return [run.output_tokens_per_s for run in runs]
 
 
 def serve_it(shape: str, config: AppConfig, port: int) -> Callable[[], None]:
@@ -93,7 +95,7 @@ def run_service(
     warm = Clients(Traffic(port, SHAPES[shape].vocab_size, input_tokens, 4), options["processes"])
     try:
         warm.together(num_streams)
-        together = [Outcome.of(clients.together(num_streams), output_tokens) for _ in range(3)]
+        together = [Outcome.of(clients.together(num_streams), output_tokens) for _ in range(REPEATS)]
         warm.together(options["saturating_streams"])
         saturated = Outcome.of(clients.together(options["saturating_streams"]), output_tokens)
         rate = options["load"] * saturated.output_tokens_per_s / output_tokens
@@ -104,11 +106,10 @@ def run_service(
         end()
     return {
         "modes": asdict(modes_of_this_process()),
-        "output_tokens_per_s": median(outcome.output_tokens_per_s for outcome in together),
         "together": [asdict(outcome) for outcome in together],
         "saturated": asdict(saturated),
-        "requests_per_s": rate,
         "arriving": asdict(arriving),
+        "offered_requests_per_s": rate,
     }
 
 
@@ -150,31 +151,19 @@ def main(
     with errors.status("the whole service"):
         service = run_part("service")
     hardware = hardware_name(Device(device))
-    ratio = service["output_tokens_per_s"] / alone
-    table = Table("", "tokens/s", "TTFT p50 ms", "p99 ms", "requests under way", title=f"{shape} on {hardware}")
-    table.add_row(f"engine alone, {streams} at once", f"{alone:,.0f}", "", "", "")
-    rows = [(f"service, {streams} at once: {ratio:.2f} of that", sorted_middle(service["together"]))]
-    rows.append((f"service, {saturating_streams} at once", service["saturated"]))
-    rows.append((f"service, {service['requests_per_s']:.1f} requests/s arriving", service["arriving"]))
-    for name, row in rows:
-        times = (f"{row[key] * 1000:.0f}" for key in ("ttft_p50_s", "ttft_p99_s"))
-        table.add_row(name, f"{row['output_tokens_per_s']:,.0f}", *times, f"{row['mean_concurrency']:.0f}")
-    Console().print(table)
+    rows = rows_of(alone, service, streams, saturating_streams)
+    Console().print(table_of(f"{shape} on {hardware}", rows))
     record = {
-        "benchmark": "service",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware,
         "cpus": os.cpu_count(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "shape": shape,
-        "arguments": argument or [],
+        "service_arguments": " ".join(argument or []),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
-        "streams": streams,
-        "saturating_streams": saturating_streams,
         "load": load,
-        "engine_output_tokens_per_s": alone,
-        "ratio": ratio,
-        "service": service,
+        **service["modes"],
+        "rows": rows,
     }
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"service-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
@@ -182,9 +171,47 @@ def main(
     errors.print(f"written to {path}")
 
 
-def sorted_middle(outcomes: list[dict[str, float]]) -> dict[str, float]:
-    """The one with the median speed."""
-    return sorted(outcomes, key=lambda outcome: outcome["output_tokens_per_s"])[len(outcomes) // 2]
+def rows_of(
+    alone: list[float], service: dict[str, Any], num_streams: int, saturating_streams: int
+) -> list[dict[str, Any]]:
+    """As they are written down; of several runs, the one with the median speed."""
+    speed = median(alone)
+    runs = [run["output_tokens_per_s"] for run in service["together"]]
+    together = sorted(service["together"], key=lambda run: run["output_tokens_per_s"])[len(runs) // 2]
+    ratio = together["output_tokens_per_s"] / speed
+    return [
+        {
+            "subject": "engine alone",
+            "requests_at_once": num_streams,
+            "output_tokens_per_s": speed,
+            "repeats": {"output_tokens_per_s": alone},
+        },
+        {
+            "subject": "service",
+            "requests_at_once": num_streams,
+            "ratio": ratio,
+            **together,
+            "repeats": {"output_tokens_per_s": runs},
+        },
+        {"subject": "service", "requests_at_once": saturating_streams, **service["saturated"]},
+        {
+            "subject": "service, arrivals",
+            "offered_requests_per_s": service["offered_requests_per_s"],
+            **service["arriving"],
+        },
+    ]
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table("", "requests", "tokens/s", "of the engine", "TTFT p50 ms", "p99 ms", "under way", title=title)
+    for row in rows:
+        at_once = row.get("requests_at_once")
+        requests = f"{row['offered_requests_per_s']:.1f} a second" if at_once is None else f"{at_once} at once"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        times = [f"{row[name] * 1000:.0f}" if name in row else "" for name in ("ttft_p50_s", "ttft_p99_s")]
+        under_way = f"{row['mean_concurrency']:.0f}" if "mean_concurrency" in row else ""
+        table.add_row(row["subject"], requests, f"{row['output_tokens_per_s']:,.0f}", ratio, *times, under_way)
+    return table
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks import service
+from benchmarks.history import read_results
 from benchmarks.service_clients import HOST, Answer, Clients, Outcome, Traffic
 from serve_app.ports import free_port
 
@@ -124,9 +125,19 @@ def test_from_arguments_to_a_file(
     assert len(ended) == 1
     (file,) = tmp_path.glob("service-*.json")
     record = json.loads(file.read_text())
-    assert record["engine_output_tokens_per_s"] > 0
-    measured = record["service"]
-    assert record["ratio"] == measured["output_tokens_per_s"] / record["engine_output_tokens_per_s"]
-    assert measured["requests_per_s"] == pytest.approx(0.5 * measured["saturated"]["output_tokens_per_s"] / 4)
-    assert measured["output_tokens_per_s"] < 3 * 4 / (FIRST_S + 2 * GAP_S)
-    assert f"{record['ratio']:.2f} of that" in outcome.stdout
+    alone, together, saturated, arriving = record["rows"]
+    assert alone["output_tokens_per_s"] > 0
+    assert together["ratio"] == together["output_tokens_per_s"] / alone["output_tokens_per_s"]
+    assert arriving["offered_requests_per_s"] == pytest.approx(0.5 * saturated["output_tokens_per_s"] / 4)
+    assert [row["requests_at_once"] for row in (alone, together, saturated)] == [3, 3, 4]
+    assert together["output_tokens_per_s"] < 3 * 4 / (FIRST_S + 2 * GAP_S)
+    assert together["output_tokens_per_s"] == sorted(together["repeats"]["output_tokens_per_s"])[1]
+    assert f"{together['ratio']:.2f}" in outcome.stdout
+    results = read_results(file)
+    assert [set(result.figures) for result in results] == [
+        {"output_tokens_per_s"},
+        {"output_tokens_per_s", "ratio", "ttft_p50_s", "ttft_p99_s"},
+        {"output_tokens_per_s", "ttft_p50_s", "ttft_p99_s"},
+        {"offered_requests_per_s", "output_tokens_per_s", "ttft_p50_s", "ttft_p99_s"},
+    ]
+    assert len({result.key for result in results}) == 4

@@ -175,7 +175,7 @@ def test_who_leaves_makes_room(service: Namespace, is_stream: bool) -> None:
 
 def test_the_log_has_the_phases_of_the_start(service: Namespace) -> None:
     output = service.output()
-    for phase in ("importing libraries", "reading headers", "loading weights: 272/272 tensors, 0.25 GiB,"):
+    for phase in ("importing libraries", "reading headers", "loading weights: 272/272 tensors, 0.30 GiB,"):
         [line] = [line for line in output.splitlines() if f"{phase}" in line and line.endswith(" s")]
         seconds = re.search(r"([0-9.]+) s$", line)
         assert seconds is not None
