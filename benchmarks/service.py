@@ -26,7 +26,7 @@ from benchmarks.service_clients import HOST, Clients, Outcome, Traffic
 from benchmarks.shapes import SHAPES, RandomCheckpoint
 from engine.config import Device
 from engine.request import SamplingParams
-from serve_app.app import bind, load_served_model
+from serve_app.app import bind, load_served_model, num_cpu_threads
 from serve_app.config import AppConfig, parse_config
 from serve_app.ports import free_port
 from serve_app.serve_modes import modes_of_this_process, switch_on
@@ -41,7 +41,7 @@ def app_config(device: str, arguments: list[str]) -> AppConfig:
     given = dict(argument.split("=", 1) for argument in arguments)
     defaults: dict[str, Any] = {"device": device, "served_model_name": "m", "speculative": "off"}
     if device == "cpu":  # as many for the engine alone as the service gives it
-        defaults["num_threads"] = max(1, len(os.sched_getaffinity(0)) - 1)
+        defaults["num_threads"] = num_cpu_threads()
     return parse_config(defaults | given)
 
 

@@ -9,6 +9,7 @@ import torch
 from engine.config import ModelConfig
 from engine.loader.checkpoint import TensorInfo
 from engine.loader.generation_defaults import GenerationDefaults
+from engine.loader.known_shapes import KNOWN_SHAPES
 from engine.model.expected_tensors import expected_tensors
 
 
@@ -31,8 +32,8 @@ def _llama(
 
 
 SHAPES = {
-    "tinyllama-1.1b": _llama(32_000, 2048, 5632, 22, 32, 4, False, 2048),
-    "smollm2-135m": _llama(49_152, 576, 1536, 30, 9, 3, True, 8192),
+    "tinyllama-1.1b": KNOWN_SHAPES["tinyllama-1.1b"],
+    "smollm2-135m": KNOWN_SHAPES["smollm2-135m"],
     "mistral-7b": _llama(32_000, 4096, 14_336, 32, 32, 8, False, 32_768),
     "tiny": _llama(320, 64, 144, 2, 4, 2, False, 2048),
     # Draft models, with the vocabulary of the first and the third.

@@ -7,14 +7,13 @@ client has seen anything but the right answer that it should not have seen.
 """
 
 import asyncio
-import json
 import os
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ import typer
 from loadtest.chaos_clients import Clients, make_bodies, undisturbed
 from loadtest.chaos_faults import KILL, STOP, Faults
 from loadtest.cluster import CONTROLLER, Cluster, ServiceMetrics
+from loadtest.command import app_arguments, write_down
 from loadtest.memory import MemoryWatch, Trend
 
 APPLICATION = "chaos"
@@ -204,7 +204,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="a file for the summary")] = None,
 ) -> None:
     """Disturb the service for a while, and compare every answer with the undisturbed one."""
-    given = dict(argument.partition("=")[::2] for argument in arguments or [])
+    given = app_arguments(arguments)
     options = ChaosOptions(
         duration_s=duration,
         streams=streams,
@@ -219,10 +219,7 @@ def main(
         calm_s=calm,
     )
     summary = run(options, app, {"engine_replicas": "2", "ingress_replicas": "2"} | given)
-    text = json.dumps(asdict(summary), indent=2)
-    print(text)
-    if output is not None:
-        output.write_text(text + "\n")
+    write_down(summary, output)
     sys.exit(1 if summary.violations else 0)
 
 

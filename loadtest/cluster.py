@@ -27,6 +27,11 @@ CONTROLLER, PROXY = "controller", "proxy"
 _RAYS_OWN = {CONTROLLER: "SERVE_CONTROLLER_ACTOR", PROXY: "SERVE_PROXY_ACTOR-"}  # how their actors' names begin
 
 
+def is_replica(name: str) -> bool:
+    """Whether a process of this name is one of ours, and not Ray's own."""
+    return name.startswith("SERVE_REPLICA::")
+
+
 class Cluster:
     """One application on a Ray cluster of its own, which ends with this process."""
 

@@ -9,19 +9,19 @@ or something is left over once they have gone.
 """
 
 import asyncio
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from loadtest.cluster import CONTROLLER, PROXY, Cluster
+from loadtest.command import app_arguments, write_down
 from loadtest.memory import MemoryWatch
 from loadtest.raw_http import RawConnection
 
@@ -225,12 +225,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="a file for the summary")] = None,
 ) -> None:
     """Ask for long answers, and leave them unread."""
-    given = dict(argument.partition("=")[::2] for argument in arguments or [])
+    given = app_arguments(arguments)
     summary = run(SlowOptions(readers, max_tokens, dropped_after), app, given)
-    text = json.dumps(asdict(summary), indent=2)
-    print(text)
-    if output is not None:
-        output.write_text(text + "\n")
+    write_down(summary, output)
     sys.exit(1 if summary.violations else 0)
 
 

@@ -7,11 +7,10 @@ memory of a replica grows, an answer is wrong, a request fails that should not, 
 """
 
 import asyncio
-import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loadtest.chaos_clients import make_bodies, undisturbed
-from loadtest.cluster import CONTROLLER, PROXY, Cluster, ServiceMetrics
+from loadtest.cluster import CONTROLLER, PROXY, Cluster, ServiceMetrics, is_replica
+from loadtest.command import app_arguments, write_down
 from loadtest.memory import MemoryWatch, Sample, Trend
 from loadtest.plot import plot_memory
 from loadtest.traffic import Traffic, TrafficCounts
@@ -141,10 +141,6 @@ def violations(summary: SoakSummary) -> list[str]:
     return found
 
 
-def is_replica(name: str) -> bool:
-    return name.startswith("SERVE_REPLICA::")
-
-
 def main(
     arguments: Annotated[list[str] | None, typer.Argument(help="of the application: name=value …")] = None,
     minutes: Annotated[float, typer.Option(help="of load")] = 30.0,
@@ -158,15 +154,12 @@ def main(
 ) -> None:
     """Ask a service for more than it can do, and watch its memory."""
     given = {"max_num_seqs": "16", "max_waiting_requests": "32", "max_queued_requests": "32"}
-    given |= dict(argument.partition("=")[::2] for argument in arguments or [])
+    given |= app_arguments(arguments)
     options = SoakOptions(60 * minutes, 60 * warm_up, clients, max_tokens, seed)
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns) as progress:
         summary, samples = run(options, app, given, progress)
-    text = json.dumps(asdict(summary), indent=2)
-    print(text)
-    if output is not None:
-        output.write_text(text + "\n")
+    write_down(summary, output)
     if plot is not None:
         plot_memory(samples, options.warm_up_s, plot)
     sys.exit(1 if summary.violations else 0)

@@ -7,17 +7,17 @@ client that stayed did not get its answer, or requests, blocks, tasks, files or 
 """
 
 import asyncio
-import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loadtest.chaos_clients import make_bodies, undisturbed
-from loadtest.cluster import CONTROLLER, PROXY, Cluster
+from loadtest.cluster import CONTROLLER, PROXY, Cluster, is_replica
+from loadtest.command import app_arguments, write_down
 from loadtest.memory import MemoryWatch
 from loadtest.storm_clients import StormClients, make_plans
 
@@ -126,7 +126,7 @@ def violations(summary: StormSummary) -> list[str]:
         found.append(f"ended meanwhile: {', '.join(summary.gone)}")
     num_clients = summary.options.clients * (summary.options.rounds - 1)
     for name, rounds in summary.footprints.items():
-        if not name.startswith("SERVE_REPLICA::") or len(rounds) < 2:
+        if not is_replica(name) or len(rounds) < 2:
             continue
         first, last = rounds[0], rounds[-1]
         for what, limit in (("num_tasks", MAX_TASKS), ("num_files", MAX_FILES), ("num_objects", MAX_OBJECTS)):
@@ -150,12 +150,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="a file for the summary")] = None,
 ) -> None:
     """Let clients come and leave at random, and look at what is left."""
-    given = dict(argument.partition("=")[::2] for argument in arguments or [])
+    given = app_arguments(arguments)
     summary = run(StormOptions(clients, rounds, spread, max_tokens, seed), app, given)
-    text = json.dumps(asdict(summary), indent=2)
-    print(text)
-    if output is not None:
-        output.write_text(text + "\n")
+    write_down(summary, output)
     sys.exit(1 if summary.violations else 0)
 
 

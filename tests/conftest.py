@@ -1,7 +1,6 @@
 """What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +58,9 @@ def serve_cluster() -> Iterator[str]:
     import ray
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from serve_app.ports import free_port
+
+    port = free_port("127.0.0.1")
     # More logical CPUs than the machine may have: what is scarce here is cores, not Ray's count of them.
     ray.init(
         address="local",

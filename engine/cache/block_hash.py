@@ -14,7 +14,7 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     digests mean equal tokens from position 0 on, in every process and on every machine, and nobody can craft a
     prompt that is served another prompt's KV.
     """
-    return hashlib.blake2b(parent + struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=16).digest()
+    return _digest(parent, struct.pack(f"<{len(token_ids)}I", *token_ids))
 
 
 def hash_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
@@ -22,6 +22,10 @@ def hash_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> lis
     packed, size = struct.pack(f"<{len(token_ids)}I", *token_ids), 4 * block_size
     digests = []
     for start in range(0, len(packed) - size + 1, size):
-        parent = hashlib.blake2b(parent + packed[start : start + size], digest_size=16).digest()
+        parent = _digest(parent, packed[start : start + size])
         digests.append(parent)
     return digests
+
+
+def _digest(parent: bytes, packed_ids: bytes) -> bytes:
+    return hashlib.blake2b(parent + packed_ids, digest_size=16).digest()
