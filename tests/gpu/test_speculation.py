@@ -15,9 +15,9 @@ from engine.speculative.local import LocalProposer
 from engine.speculative.ngram import NgramProposer
 from engine.speculative.proposer import Proposer
 from engine.speculative.speculation import Speculation
-from serve_app.draft_client import RemoteProposer
 from tests.gpu.test_mixed_requests import SCALES, Outcomes, Scale, is_aborted, make_engine, make_requests, run_mixed
 from tests.serve_app.draft_process import draft_process
+from tests.serve_app.patient_proposer import PatientProposer
 from tests.speculative.oracle import Oracle, RandomProposer
 from tests.tiny_models import write_tiny_model
 
@@ -43,7 +43,7 @@ def proposer_of(name: str, path: Path, scale: Scale, outputs: dict[str, list[int
     vocab_size = scale.model["vocab_size"]
     if name == "remote":
         with draft_process("draft", str(path), scale.device, scale.dtype) as (_, endpoint):
-            proposer = RemoteProposer(
+            proposer = PatientProposer(
                 lambda _: [endpoint], NgramProposer(), vocab_size=vocab_size, target_name="target"
             )
             assert proposer.wait_for_connection(60.0)
@@ -90,7 +90,6 @@ def test_no_token_is_another(scale: Scale, name: str, tmp_path: Path) -> None:
     engine = make_engine(path, scale, prefix_caching=True, max_draft_tokens=MAX_DRAFT_TOKENS)
     with proposer_of(name, path, scale, outputs) as proposer:
         engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS, always=True)
-        engine._speculation._worth_waiting_s = lambda *_: 1.0  # type: ignore[method-assign]
         requests = make_requests(scale)
         drafted, peak = run_mixed(engine, requests, seed=2)
     assert peak >= scale.max_num_seqs / 8  # drafted for, they leave sooner

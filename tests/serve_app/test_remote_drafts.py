@@ -1,7 +1,7 @@
 """An engine and a draft model in a server of its own: the tokens are those of the engine alone, whatever befalls it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from engine.llm_engine import LLMEngine
 from engine.loader.checkpoint import open_checkpoint
 from engine.speculative.draft_model import DraftModel
 from engine.speculative.ngram import NgramProposer
-from engine.speculative.proposer import DraftOrder
 from engine.speculative.speculation import Speculation
 from serve_app import draft_link
 from serve_app.draft_client import RemoteProposer
 from serve_app.draft_mirrors import MirrorKeeper
 from serve_app.draft_server import DraftServer, LoadedDraft
 from serve_app.draft_transport import Endpoint
+from tests.serve_app.patient_proposer import PatientProposer
 from tests.speculative.test_verification import make_engine, make_requests, run
 from tests.tiny_models import write_tiny_model
 
@@ -42,24 +42,11 @@ def server_of(path: Path) -> Iterator[DraftServer]:
         server.shutdown()
 
 
-class PatientProposer(RemoteProposer):
-    """Waits until the draft has read all prompts too: what is tested is what is drafted, on a machine of any speed."""
-
-    def propose(self, orders: Sequence[DraftOrder], wait_s: float) -> Sequence[Sequence[int]]:
-        proposals = super().propose(orders, wait_s)
-        deadline_s = time.monotonic() + 5
-        while not all(entry.has_answered for entry in self._book._entries.values()) and time.monotonic() < deadline_s:
-            self._poll(time.perf_counter())
-            time.sleep(0.001)
-        return proposals
-
-
 @contextmanager
 def speculating(path: Path, endpoints: list[Endpoint]) -> Iterator[tuple[LLMEngine, RemoteProposer]]:
     proposer = PatientProposer(lambda _: list(endpoints), NgramProposer(), vocab_size=320, target_name="target")
     engine = make_engine(path)
     engine._speculation = Speculation(proposer, NUM_DRAFT_TOKENS, 100, always=True)
-    engine._speculation._worth_waiting_s = lambda *_: 5.0  # type: ignore[method-assign]
     try:
         yield engine, proposer
     finally:
