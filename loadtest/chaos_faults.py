@@ -14,6 +14,7 @@ from itertools import count
 from loadtest.cluster import Cluster
 
 STOP_S = (4.0, 8.0)  # longer than the service takes for a sign of life, shorter than Serve takes to replace a replica
+LOOK_S = 0.2
 KILL, STOP = "kill", "stop"
 
 
@@ -59,11 +60,12 @@ class Faults:
             waker.join()
 
     def _strike(self, kind: str, action: str) -> None:
-        processes: dict[str, int] = {}
-        while len(processes) < self._counts[kind]:
-            if self._stop.wait(0.2 if processes else 0.0):
+        while not self.cluster.is_whole(kind, self._counts[kind]):
+            if self._stop.wait(LOOK_S):
                 return
-            processes = self.cluster.processes(kind)
+        processes = self.cluster.processes(kind)
+        if not processes:  # all hung since
+            return
         _, pid = self._draw.choice(sorted(processes.items()))
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if action == KILL else signal.SIGSTOP)

@@ -63,8 +63,13 @@ class Cluster:
         self.url = f"http://127.0.0.1:{port}/{self.application}/v1"
 
     def processes(self, kind: str) -> dict[str, int]:
-        """Of one deployment, the controller or the proxies: the actors that answer, and their processes."""
-        return self._call(kind, lambda _: os.getpid())
+        """Of one deployment, the controller or the proxies: the actors that are ready and answer, and their processes."""
+
+        def pid(actor: object) -> int:
+            replica = getattr(actor, "_replica_impl", None)  # neither a controller nor a proxy has one
+            return os.getpid() if replica is None or replica._user_callable_initialized else 0
+
+        return {name: found for name, found in self._call(kind, pid).items() if found}
 
     def num_tasks(self, kind: str) -> dict[str, int]:
         """Tasks of asyncio in the same processes, on all their loops."""
@@ -107,7 +112,15 @@ class Cluster:
         return 0 if status is None else max(1, sum(status.replica_states.values()))
 
     def is_whole(self, kind: str, count: int) -> bool:
-        return len(self.processes(kind)) >= count
+        """Whether so many are ready, and Serve knows it: only then are they sent anything."""
+        return len(self.processes(kind)) >= count and (kind == CONTROLLER or self._num_running(kind) >= count)
+
+    def _num_running(self, deployment: str) -> int:
+        try:
+            status = serve.status().applications[self.application].deployments[deployment]
+        except Exception:  # the controller is on its way back
+            return 0
+        return status.replica_states.get("RUNNING", 0)
 
     def wait_until_whole(self, counts: Mapping[str, int], limit_s: float) -> bool:
         deadline_s = time.monotonic() + limit_s

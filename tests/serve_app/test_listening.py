@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN
 print(json.dumps([(c.pid, c.laddr.ip, c.laddr.port) for c in listening]))
 """
 LIMIT_S = 200.0  # for anything here, on a busy machine
+MAX_QUEUED = 4
 pytestmark = [
     pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
     pytest.mark.timeout(600),
@@ -52,6 +54,7 @@ def service(default_model_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     output = tmp_path_factory.mktemp("listening") / "output"
     command = [str(SERVE), "run", "serve_app:app", "device=cpu", "max_num_seqs=1"]
+    command.append(f"max_queued_requests={MAX_QUEUED}")
     with namespace(command, output, environment, ROOT) as service:
         wait_until(lambda: service.has_ended or service.inside(lambda: get("/ready")) == 200, service)
         yield service
@@ -170,6 +173,36 @@ def test_who_leaves_makes_room(service: Namespace, is_stream: bool) -> None:
         connection.close()
 
     service.inside(begin_and_leave)
+    assert service.inside(lambda: ask(1).getresponse().status) == 200
+
+
+def test_who_finds_the_queue_full_is_told_when_to_come_again(service: Namespace) -> None:
+    """Not by HAProxy, which would let them wait, but by the ingress."""
+    num_excess = 3
+
+    def crowd() -> list[tuple[int, int, str]]:
+        connections = [ask(8_000, is_stream=True) for _ in range(1 + MAX_QUEUED + num_excess)]
+        answers = []
+        running = []  # one, which goes on
+        deadline = time.monotonic() + LIMIT_S
+        while len(answers) < num_excess and time.monotonic() < deadline:
+            readable, _, _ = select.select([each.sock for each in connections if each.sock], [], [], 1.0)
+            for connection in [each for each in connections if each.sock in readable]:
+                response = connection.getresponse()
+                if response.status == 200:
+                    running.append(connection)
+                else:
+                    error = json.loads(response.read())["error"]
+                    answers.append((response.status, int(response.headers["Retry-After"]), error["code"]))
+                connections.remove(connection)
+        for connection in (*connections, *running):
+            connection.close()
+        return answers
+
+    answers = service.inside(crowd)
+    assert len(answers) >= num_excess
+    assert {(status, code) for status, _, code in answers} == {(429, "overloaded")}
+    assert all(1 <= retry_after_s <= 600 for _, retry_after_s, _ in answers)
     assert service.inside(lambda: ask(1).getresponse().status) == 200
 
 
