@@ -323,8 +323,9 @@ class EngineClient:
         assert group.replica_id is not None
         group.sequence = frame.sequence
         self._book.observe_load(group.replica_id, frame.num_requests, frame.num_waiting)
-        if group.sequence - group.acknowledged >= ACKNOWLEDGE_EVERY:
-            self._acknowledge(group)
+        has_ended = isinstance(frame, TokenFrame) and any(output.finish_reason is not None for output in frame.outputs)
+        if group.sequence - group.acknowledged >= ACKNOWLEDGE_EVERY or (has_ended and not group.num_live_members):
+            self._acknowledge(group)  # the last frame too: the call ends when the replica knows that it was read
 
     def _acknowledge(self, group: Group) -> None:
         assert group.replica_id is not None
@@ -370,7 +371,9 @@ class EngineClient:
             self._acknowledge(group)
         if running:  # else the call waits for a replica
             group.silent_s += elapsed_s
-        if group.silent_s > SILENCE_LIMIT_S:
+        if not group.num_live_members and group.replica_id not in running:
+            self._remove(group)  # it drains, and cannot be told that all was read
+        elif group.silent_s > SILENCE_LIMIT_S:
             self._lose(group, Loss.SILENT, f"nothing was heard for {SILENCE_LIMIT_S:g} s")
         elif group.is_open and group.replica_id not in running and self._can_move(group):
             self._lose(group, Loss.LEFT, "it drains")

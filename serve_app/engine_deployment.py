@@ -16,7 +16,7 @@ from engine.errors import EngineDeadError, EngineFullError, SlipstreamError
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
-from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of
+from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of, until_cancelled
 from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
     HEARTBEAT_S,
@@ -67,11 +67,11 @@ class Engine:
         """Runs a group. Closing the call aborts every member that is still running."""
         if replica_id not in (None, self._replica_id):
             yield self._refusal(f"replica {self._replica_id} was sent a group for {replica_id}")
-            return
+            await until_cancelled()
         message = decode_submission(submission)
         if message.fingerprint not in ("", self._fingerprint):
             yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
-            return
+            await until_cancelled()
         requests = requests_of(message)
         group = GroupStream((request.request_id for request in requests), self._occupancy)
         self._groups[message.group_id] = group
@@ -82,7 +82,7 @@ class Engine:
                 self._engine.submit(requests, on_outputs, even_if_full=message.attempt > 0)
             except SlipstreamError as error:
                 yield self._refusal(str(error), is_full=isinstance(error, EngineFullError))
-                return
+                await until_cancelled()
             yield encode(self._opening(message.attempt))
             async for frame in group.frames():
                 yield frame

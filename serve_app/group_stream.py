@@ -10,6 +10,13 @@ from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, 
 from serve_app.output_buffer import OutputBuffer
 
 LEASE_S = 30.0  # a reader that acknowledges nothing for so long is gone: its ingress was killed
+LAST_LEASE_S = 5.0  # the same, where everything was sent and only the end is to come
+
+
+async def until_cancelled() -> None:
+    """For calls that have nothing more to say, and whose reader cancels them: see `GroupStream.frames`."""
+    await asyncio.sleep(LAST_LEASE_S)
+    raise asyncio.CancelledError
 
 
 def requests_of(submission: Submission) -> list[Request]:
@@ -63,8 +70,9 @@ class GroupStream:
         occupancy.num_requests += len(self.request_ids)
         self._wake = asyncio.Event()
         self._sequence = 0
+        self._last_outputs = 0  # sequence number of the last frame with any
         self._acknowledged = 0
-        self._acknowledged_s = time.monotonic()
+        self._leased_s = time.monotonic()
         self._heartbeat_due = False
         self._silent = True  # no frame since the last tick
 
@@ -104,7 +112,7 @@ class GroupStream:
 
     def acknowledge(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
-        self._acknowledged_s = time.monotonic()
+        self._leased_s = time.monotonic()
         self._wake.set()
 
     def tick(self) -> None:
@@ -117,15 +125,23 @@ class GroupStream:
         return self._sequence - self._acknowledged < FRAME_WINDOW
 
     def _lease_expired(self) -> bool:
-        return self._sequence > self._acknowledged and time.monotonic() - self._acknowledged_s > LEASE_S
+        lease_s = LEASE_S if self._unfinished or self._dirty else LAST_LEASE_S
+        return self._sequence > self._acknowledged and time.monotonic() - self._leased_s > lease_s
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """Ends once every member's last output has been sent, or when the reader has been silent for LEASE_S."""
-        while self._unfinished or self._dirty:
+        """Ends once every member's last output has been read.
+
+        Not before: at the end of a call, Ray lets the whole event loop wait until the caller's process has all of it.
+        An ingress that hangs would have each engine hang that has just answered it, and with that every ingress.
+
+        Raises:
+            asyncio.CancelledError: the reader has been silent for too long. Calls that are cancelled are not waited for.
+        """
+        while self._unfinished or self._dirty or self._acknowledged < self._last_outputs:
             await self._wake.wait()
             self._wake.clear()
             if self._lease_expired():
-                return
+                raise asyncio.CancelledError
             # Without credit, outputs gather for a heartbeat's time. They must not wait for credit alone: calls no
             # longer reach a replica that Serve drains, and its streams go on.
             if self._dirty and (self._has_credit() or self._heartbeat_due):
@@ -143,6 +159,9 @@ class GroupStream:
             outputs.append(to_wire(member, output))
         self._dirty.clear()
         self._sequence += 1
+        self._last_outputs = self._sequence
+        if not self._unfinished:
+            self._leased_s = time.monotonic()  # for the last lease
         self._sent()
         return encode(TokenFrame(self._sequence, self._occupancy.num_requests, self._occupancy.num_waiting, outputs))
 

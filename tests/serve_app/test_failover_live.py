@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray import serve
 
+from engine.request import SamplingParams
 from engine.stats import EngineStats
 from serve_app.app import bind, load_engine, load_served_model
 from serve_app.config import parse_config
@@ -156,11 +157,49 @@ def busiest() -> str:
     return max(processes(), key=lambda replica_id: stats_of(replica_id).num_requests_running)
 
 
+@ray.remote(num_cpus=0)
+class HangingReader:
+    """As an ingress that begins a call and is stopped then."""
+
+    async def begin(self, replica_id: str) -> int:
+        """Returns its process id when the engine has the request."""
+        from serve_app.messages import Opening, Submission, SubmittedPrompt, decode_frame, encode  # not to be pickled
+
+        sampling = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+        message = Submission("hanging", 0, [SubmittedPrompt([1, 2, 3], sampling, [("hanging", 0)])])
+        handle = serve.get_deployment_handle("engine", APPLICATION)
+        generate = handle.options(method_name="generate", stream=True)
+        self._call = generate.remote(encode(message), replica_id=replica_id)
+        assert isinstance(decode_frame(await anext(aiter(self._call))), Opening)
+        return os.getpid()
+
+    async def end(self) -> None:
+        self._call.cancel()
+
+
 def test_answers_differ(expected: list[dict[str, Any]]) -> None:
     assert len({each[0]["text"] for each in expected}) == len(BODIES)
     assert expected[4][0]["text"] != expected[4][1]["text"]
     assert all(len(each["fingerprints"]) == 1 for each in expected)
     assert expected[3][0]["end"] == "length"
+
+
+def test_a_reader_that_hangs_at_the_end_of_its_answer_is_not_waited_for(url: str) -> None:  # noqa: ARG001 - the service
+    """Ray would let the engine's event loop wait for it, and with that all others."""
+    wait_until(is_healthy, 60)
+    replica_id = busiest()
+    reader = HangingReader.remote()
+    pid = ray.get(reader.begin.remote(replica_id), timeout=60)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: not stats_of(replica_id).num_requests_running, 60)
+        for _ in range(20):
+            stats_of(replica_id)
+            time.sleep(0.1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    ray.get(reader.end.remote(), timeout=60)
+    ray.kill(reader)
 
 
 def test_a_killed_replica(url: str, expected: list[dict[str, Any]]) -> None:

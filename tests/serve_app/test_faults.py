@@ -19,7 +19,7 @@ from serve_app.config import parse_config
 from serve_app.engine_client import EngineClient
 from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
-from serve_app.messages import Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
+from serve_app.messages import Frame, Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.placement import PlacementRule
 from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
@@ -192,12 +192,17 @@ def test_call_to_a_replica_that_has_left_fails_at_once(url: str) -> None:  # noq
 def test_a_replica_refuses_to_continue_the_answer_of_another_kind(url: str) -> None:  # noqa: ARG001
     prompt = SubmittedPrompt([5, 5], SamplingParams(seed=1), [("continued#1", 0)], outputs=[[7]])
     handle = serve.get_deployment_handle("engine", APPLICATION).options(method_name="generate", stream=True)
-    frames = [decode_frame(data) for data in handle.remote(encode(Submission("group", 1, [prompt], "fp_other")))]
-    assert len(frames) == 1
-    assert isinstance(frames[0], Refusal)
-    assert (frames[0].fingerprint, "fp_other" in frames[0].reason) == ("fp_fake", True)
-    first, *_ = handle.remote(encode(Submission("group", 1, [prompt], "fp_fake")))
-    opening = decode_frame(first)
+
+    def first_frame(fingerprint: str) -> Frame:
+        call = handle.remote(encode(Submission("group", 1, [prompt], fingerprint)))
+        frame = decode_frame(next(iter(call)))
+        call.cancel()
+        return frame
+
+    refusal = first_frame("fp_other")
+    assert isinstance(refusal, Refusal)
+    assert (refusal.fingerprint, "fp_other" in refusal.reason) == ("fp_fake", True)
+    opening = first_frame("fp_fake")
     assert isinstance(opening, Opening)
     assert opening.attempt == 1
 

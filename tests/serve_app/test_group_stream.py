@@ -6,7 +6,7 @@ import pytest
 
 from engine.request import FinishReason, RequestOutput, SamplingParams
 from serve_app import group_stream
-from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of
+from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of, until_cancelled
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, SubmittedPrompt, TokenFrame, decode_frame
 
 Test = Callable[[GroupStream, "Reader"], Awaitable[None]]
@@ -92,18 +92,70 @@ def test_one_frame_for_all_outputs_of_a_step() -> None:
     run(test)
 
 
-def test_ends_with_its_last_member() -> None:
+def test_ends_when_the_last_output_of_its_last_member_was_read() -> None:
     async def test(group: GroupStream, reader: Reader) -> None:
         group.add([output(0, 10, FinishReason.STOP)])
+        await reader.settle()
+        group.acknowledge(1)
         await reader.settle()
         assert not reader.ended
         assert group.unfinished_ids == ["r1"]
         group.add([output(1, 20, FinishReason.LENGTH)])
         await reader.settle()
-        assert reader.ended
+        assert reader.tokens(1) == [20]
         assert group.unfinished_ids == []
+        assert not reader.ended
+        group.acknowledge(2)
+        await reader.settle()
+        assert reader.ended
 
     run(test)
+
+
+def test_until_then_it_sends_signs_of_life() -> None:
+    """They have the reader acknowledge once more, should the first time have been in vain."""
+
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.add([output(0, 10, FinishReason.STOP)])
+        await reader.settle()
+        group.tick()
+        group.tick()
+        await reader.settle()
+        assert reader.frames[-1] == Heartbeat(2, 0, 0)
+        assert not reader.ended
+        group.acknowledge(1)  # which was sent before the reader had the other
+        await reader.settle()
+        assert reader.ended
+
+    run(test, members=1)
+
+
+def test_a_reader_that_hangs_at_the_end_loses_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(group: GroupStream, reader: Reader) -> None:
+        group.add([output(0, 10, FinishReason.STOP)])
+        await reader.settle()
+        monkeypatch.setattr(group_stream, "LAST_LEASE_S", -1.0)
+        group.tick()
+        await reader.settle()
+        assert reader.task.cancelled()
+
+    run(test, members=1)
+
+
+def test_a_call_that_was_refused_ends_only_by_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        ending = asyncio.create_task(until_cancelled())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not ending.done()
+        ending.cancel()
+        await asyncio.wait([ending])
+        assert ending.cancelled()
+        monkeypatch.setattr(group_stream, "LAST_LEASE_S", 0.0)
+        with pytest.raises(asyncio.CancelledError):
+            await until_cancelled()
+
+    asyncio.run(main())
 
 
 def test_without_credit_outputs_merge() -> None:
@@ -162,7 +214,7 @@ def test_silent_reader_loses_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(group_stream, "LEASE_S", -1.0)
         group.tick()
         await reader.settle()
-        assert reader.ended
+        assert reader.task.cancelled()
         assert group.unfinished_ids == ["r0", "r1"]  # for the engine to abort
 
     run(test)
@@ -173,6 +225,8 @@ def test_abandoning_ends_what_still_runs_and_later_outputs_are_void() -> None:
         group.add([output(0, 10, FinishReason.STOP)])
         group.abandon("the engine is gone")
         group.add([output(1, 20)])
+        await reader.settle()
+        group.acknowledge(1)
         await reader.settle()
         assert reader.ended
         frame = reader.frames[-1]
