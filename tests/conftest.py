@@ -25,6 +25,12 @@ SERVICE_ARGUMENTS = {
 }
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """The names of tests go from process to process, time and again: not with parameters of megabytes in them."""
+    is_long = isinstance(val, str | bytes) and len(val) > 200
+    return f"{argname} of {len(val)}" if is_long else None  # type: ignore[arg-type]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever needs the cluster runs in one process, which then has the only one; and first, since it takes long."""
@@ -89,7 +95,7 @@ class Service:
         from ray import serve
 
         handle = serve.get_deployment_handle("engine", self.application)
-        return handle.stats.remote().result(timeout_s=10)
+        return handle.stats.remote().result(timeout_s=60)
 
 
 @pytest.fixture(scope="session")
