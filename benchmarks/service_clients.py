@@ -61,6 +61,8 @@ class Clients:
         self._traffic = traffic
         self._num_processes = num_processes
         self._pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+        for starting in [self._pool.submit(time.sleep, 0.2) for _ in range(num_processes)]:  # each in its own
+            starting.result(TIMEOUT_S)
 
     def together(self, num_streams: int) -> list[Answer]:
         """As many requests, all at once."""

@@ -137,10 +137,10 @@ class AsyncEngine:
             while self._wait_for_work():
                 while self._commands:
                     self._execute(self._next_command())
-                if self.engine.has_work:
-                    self._deliver(self.engine.step())
-                self._stats = self.engine.stats()
+                outputs = self.engine.step() if self.engine.has_work else []
+                self._stats = self.engine.stats()  # of this step too, for whoever hears of it
                 self._last_progress_s = monotonic()
+                self._deliver(outputs)
             self._end_all("the engine was shut down")
             self.engine.close()
         except BaseException as error:  # a broken invariant: nothing this thread could go on with

@@ -62,14 +62,14 @@ class Cluster:
         serve.run(build(dict(arguments)), name=self.application, route_prefix=f"/{self.application}")
         self.url = f"http://127.0.0.1:{port}/{self.application}/v1"
 
-    def processes(self, kind: str) -> dict[str, int]:
-        """Of one deployment, the controller or the proxies: the actors that are ready and answer, and their processes."""
+    def processes(self, kind: str, limit_s: float = ANSWER_S) -> dict[str, int]:
+        """The actors of a deployment, the controller or the proxies that are ready and answer; and their processes."""
 
         def pid(actor: object) -> int:
             replica = getattr(actor, "_replica_impl", None)  # neither a controller nor a proxy has one
             return os.getpid() if replica is None or replica._user_callable_initialized else 0
 
-        return {name: found for name, found in self._call(kind, pid).items() if found}
+        return {name: found for name, found in self._call(kind, pid, limit_s).items() if found}
 
     def num_tasks(self, kind: str) -> dict[str, int]:
         """Tasks of asyncio in the same processes, on all their loops."""
@@ -145,14 +145,17 @@ class Cluster:
             if time.monotonic() > deadline_s:
                 return held
             time.sleep(1.0)
-        before = {kind: self.processes(kind) for kind in ("engine", "draft")}
+        before = {kind: self.processes(kind, LOOK_S) for kind in ("engine", "draft")}
         time.sleep(CHECKED_S)
+        checked_s = time.monotonic() + LOOK_S  # a busy machine may take longer over it
+        while not all(stats.num_integrity_checks for stats in self._all("engine", "stats")):
+            if time.monotonic() > checked_s:
+                return "an engine has not checked its blocks"
+            time.sleep(0.5)
         for kind, processes in before.items():
-            if self.processes(kind) != processes:
+            if self.processes(kind, LOOK_S) != processes:
                 return f"the {kind} replicas are not those that they were, now that they are idle"
         self._all("engine", "status")  # raises where one has died of its check
-        if not all(stats.num_integrity_checks for stats in self._all("engine", "stats")):
-            return "an engine has not checked its blocks"
         return self._held()
 
     def num_connections(self) -> int:

@@ -1,6 +1,7 @@
 """What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
 
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ SERVICE_ARGUMENTS = {
 }
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """The names of tests go from process to process, time and again: not with parameters of megabytes in them."""
+    is_long = isinstance(val, str | bytes) and len(val) > 200
+    return f"{argname} of {len(val)}" if is_long else None  # type: ignore[arg-type]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever needs the cluster runs in one process, which then has the only one; and first, since it takes long."""
@@ -35,7 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A pytest-xdist that groups nothing says nothing: two clusters on two cores then make tests fail at random."""
+    """What a test draws does not depend on those before it. And a pytest-xdist that groups nothing says nothing: two
+    clusters on two cores then make tests fail at random."""
+    random.seed(0)
+    torch.manual_seed(0)
     is_grouped = not hasattr(item.config, "workerinput") or "@" in item.nodeid
     if item.get_closest_marker("xdist_group") is not None and not is_grouped:
         pytest.fail(f"pytest {pytest.__version__} and this pytest-xdist do not group tests", pytrace=False)
@@ -89,7 +99,7 @@ class Service:
         from ray import serve
 
         handle = serve.get_deployment_handle("engine", self.application)
-        return handle.stats.remote().result(timeout_s=10)
+        return handle.stats.remote().result(timeout_s=60)
 
 
 @pytest.fixture(scope="session")

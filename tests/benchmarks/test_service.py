@@ -5,7 +5,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ FIRST_S, GAP_S = 0.2, 0.05
 
 
 class ScriptedServer:
-    """Streams as many tokens as are asked for: the first after FIRST_S, the others GAP_S apart."""
+    """Streams as many tokens as are asked for: the first after FIRST_S, the others GAP_S apart, after a pause."""
 
     def __init__(self, port: int) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.written_s: list[tuple[float, float, float]] = []  # of requests: arrival, first token, last
         self.ends_early = False
+        self.pause_s = 0.0
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, port))
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -39,13 +41,16 @@ class ScriptedServer:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
         body = json.loads(await reader.readexactly(length))
+        arrived_s, written_s = time.monotonic(), []
         self.bodies.append(body)
         for place in range(body["max_tokens"]):
-            await asyncio.sleep(GAP_S if place else FIRST_S)
+            await asyncio.sleep((GAP_S if place else FIRST_S) + self.pause_s * (place == 1))
+            written_s.append(time.monotonic())
             start = b"" if place else b"HTTP/1.1 200 OK\r\n\r\n"
             writer.write(start + b'data: {"choices": [{"text": "x"}]}\n\n')
         if not self.ends_early:
             writer.write(b"data: [DONE]\n\n")
+        self.written_s.append((arrived_s, written_s[0], written_s[-1]))
         writer.close()
 
 
@@ -72,22 +77,31 @@ def test_what_counts() -> None:
     assert (outcome.ttft_p50_s, outcome.ttft_p99_s) == (pytest.approx(0.2), pytest.approx(0.5))
 
 
+def by_time(times: Iterable[tuple[float, ...]]) -> list[list[float]]:
+    """Each kind of time in order: what holds for the times of each request holds for these."""
+    return [sorted(each) for each in zip(*times, strict=True)]
+
+
 def test_streams_are_timed(server: tuple[ScriptedServer, int], clients: Clients) -> None:
+    """None of the three times is before what it tells of; and that of the first token is not that of the others."""
     scripted, _ = server
+    scripted.pause_s = 1.0
     answers = clients.together(5)
     assert len(answers) == len(scripted.bodies) == 5
     for body in scripted.bodies:
         assert len(body["prompt"]) == 7
         assert max(body["prompt"]) < 320
         assert (body["max_tokens"], body["ignore_eos"], body["stream"]) == (5, True, True)
-    for answer in answers:
-        assert answer.first_s - answer.sent_s >= FIRST_S
-        assert answer.ended_s - answer.first_s >= 3 * GAP_S  # the last token comes with the end
-    assert min(answer.first_s - answer.sent_s for answer in answers) < FIRST_S + 4 * GAP_S
+    sent_s, first_s, ended_s = by_time((answer.sent_s, answer.first_s, answer.ended_s) for answer in answers)
+    arrived_s, first_written_s, last_written_s = by_time(scripted.written_s)
+    for earlier_s, later_s in ((sent_s, arrived_s), (first_written_s, first_s), (last_written_s, ended_s)):
+        assert all(earlier <= later for earlier, later in zip(earlier_s, later_s, strict=True))
+    assert all(answer.first_s - answer.sent_s >= FIRST_S for answer in answers)
+    assert max(answer.ended_s - answer.first_s for answer in answers) > 0.5
 
 
 def test_arrivals_do_not_wait_for_answers(clients: Clients) -> None:
-    """Ten a second, of which each takes 0.4 s."""
+    """Ten a second, of which each takes 0.4 s or more."""
     answers = sorted(clients.arriving(10, 3.0), key=lambda answer: answer.sent_s)
     assert 15 < len(answers) < 50
     assert answers[-1].sent_s - answers[0].sent_s > 2

@@ -22,7 +22,7 @@ NUM_ENGINES = MAX_WORKERS
 TARGET_QUEUE_DEPTH = 3
 PORT = 8000  # in a network of its own, everything is free
 URL = f"http://127.0.0.1:{PORT}"
-_ASK_S = 10.0
+_ASK_S = 30.0
 # Replicas that nobody needs stay for minutes where they have a prefix cache to lose.
 _PACE_S = {"HOLD_S": 3.0, "IDLE_S": 2.0}
 
@@ -42,7 +42,11 @@ class View:
 
     num_pending: int  # engine replicas that have been asked for and do not run yet
     num_running: int
-    gpu_nodes: frozenset[str]  # ids of those that are alive
+    gpu_nodes: frozenset[str]  # ids of those that are alive; they were looked for first
+
+    @property
+    def num_engines(self) -> int:
+        return self.num_pending + self.num_running
 
     def __str__(self) -> str:
         nodes = ", ".join(sorted(node_id[-2:] for node_id in self.gpu_nodes)) or "none"
@@ -63,13 +67,13 @@ def deploy(model: Path) -> None:
 
 
 def view() -> View:
-    states = serve.status().applications[APPLICATION].deployments["engine"].replica_states
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    states = serve.status().applications[APPLICATION].deployments["engine"].replica_states
     return View(states.get("STARTING", 0), states.get("RUNNING", 0), frozenset(node["NodeID"] for node in nodes))
 
 
 def engines() -> list[EngineReplica]:
-    """Those that answer within 10 s, and what they say of themselves."""
+    """Those that answer within _ASK_S, and what they say of themselves."""
     prefix = f"SERVE_REPLICA::{APPLICATION}#engine#"
     handle = serve.get_deployment_handle("engine", APPLICATION)
     found = []

@@ -36,9 +36,9 @@ class Story:
         assert service.readiness() == "scaled_to_zero"
         self._note("requests are sent")
         self._load.start()
-        pending = self._until(lambda view: view.num_pending > 0, "engine replicas are asked for")
-        assert not pending.gpu_nodes, "a node was there before anything pended"
-        self._until(lambda view: view.num_pending == service.NUM_ENGINES, "all engine replicas pend")
+        asked = self._until(lambda view: view.num_engines > 0 or bool(view.gpu_nodes), "engine replicas are asked for")
+        assert asked.num_engines, "a node was there before anything pended"
+        self._until(lambda view: view.num_engines == service.NUM_ENGINES, "all engine replicas are asked for")
         self._until(lambda view: bool(view.gpu_nodes), "the first GPU node joins")
         self._until(lambda view: len(view.gpu_nodes) == service.NUM_ENGINES, "the others join")
         self._until(lambda view: view.num_running == service.NUM_ENGINES, "engines run on all of them")

@@ -131,7 +131,7 @@ def test_ray_heeds_the_environment(tmp_path: Path) -> None:
     command = ["bash", "-c", script, "bash", str(ROOT / "deploy/environment.sh"), program]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["HOME"] = str(tmp_path)
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.stdout.split() == ["True"] * 7, result.stderr
 
 

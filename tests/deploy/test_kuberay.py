@@ -72,7 +72,7 @@ def test_token_and_version(service: RayService) -> None:
 
 def test_all_pods_have_the_modes_of_the_other_clusters(service: RayService) -> None:
     script = ["env", "-i", "bash", "-c", 'source "$1" && env -0', "bash", str(ROOT / "deploy/environment.sh")]
-    variables = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")
+    variables = subprocess.run(script, capture_output=True, text=True, check=True, timeout=200).stdout.split("\0")
     exported = dict(variable.split("=", 1) for variable in variables if variable.startswith("RAY_SERVE_"))
     assert len(exported) == 6
     for pod in pods(service):

@@ -273,7 +273,7 @@ def test_a_mutated_header_is_read_or_refused_cheaply(
     path = tmp_path_factory.mktemp("mutated") / "tiny.gguf"
     path.write_bytes(content)
     tracemalloc.start()
-    started_s = time.monotonic()
+    started_s = time.process_time()
 
     def load_all() -> None:
         checkpoint = open_checkpoint(path)
@@ -281,7 +281,7 @@ def test_a_mutated_header_is_read_or_refused_cheaply(
             checkpoint.load(name)
 
     message = refusal_of(load_all)
-    elapsed_s = time.monotonic() - started_s
+    elapsed_s = time.process_time() - started_s
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     if message is not None:

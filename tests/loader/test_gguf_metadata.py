@@ -115,10 +115,10 @@ def test_the_header_is_capped_in_a_large_file(tmp_path: Path) -> None:
         with path.open("wb") as file:
             file.write(header(value))
             file.truncate(1 << 31)
-        started_s = time.monotonic()
+        started_s = time.process_time()
         with pytest.raises(ModelError, match=r"k: .*(limit|do not fit)"):
             read_gguf_metadata(path)
-        assert time.monotonic() - started_s < 1
+        assert time.process_time() - started_s < 1
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:

@@ -227,10 +227,10 @@ def test_a_mutated_file_is_read_whole_or_refused(
         checkpoint = open_checkpoint(directory)
         loaded.update({name: checkpoint.load(name) for name in checkpoint.tensors})
 
-    started_s = time.monotonic()
+    started_s = time.process_time()
     message = refusal_of(load_all)
     if message is not None:
         assert "\n" not in message
         assert len(message) < 1000
     assert sum(tensor.nbytes for tensor in loaded.values()) <= len(content)
-    assert time.monotonic() - started_s < 2
+    assert time.process_time() - started_s < 2

@@ -44,7 +44,7 @@ print(peak - baseline, len(checkpoint.tensors), checked)
 def measure(path: Path) -> tuple[int, int, float]:
     """(most anonymous memory beyond the start's, number of tensors, sum of all elements)"""
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, check=True, timeout=280
     )
     peak_bytes, num_tensors, checked = run.stdout.split()
     return int(peak_bytes), int(num_tensors), float(checked)

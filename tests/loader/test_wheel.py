@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,6 +239,9 @@ def fetch_and_count(
     def counting(*arguments: object) -> None:
         with log.open("a") as file:
             file.write("download\n")
+        deadline_s = time.monotonic() + 60
+        while "Waiting" not in log.read_text() and time.monotonic() < deadline_s:  # the other one is on its way
+            time.sleep(0.01)
         download(*arguments)
 
     wheel._download = counting
@@ -260,7 +264,7 @@ def test_processes_that_start_together_download_once(tmp_path: Path, source: Whe
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=200)
     assert [process.exitcode for process in processes] == [0, 0]
     lines = log.read_text().splitlines()
     assert lines.count("download") == 1

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +27,8 @@ class Script:
     has_usage: bool = True
     queue_time_s: float | None = None
     failures: dict[int, str] = field(default_factory=dict)  # "429", "event", "cut", "stop", "hang", "empty"
+    may_answer: Callable[[], bool] = lambda: True  # else it waits
+    num_heard: Callable[[], int] | None = None  # chunks of the answer that the client has: it waits for each
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Served:
     body: dict
     arrived_s: float
     chunk_s: list[float] = field(default_factory=list)
+    heard_s: list[float] = field(default_factory=list)  # when the client was known to have each chunk
 
 
 class ScriptedServer:
@@ -81,6 +84,8 @@ class ScriptedServer:
         is_chat = "messages" in served.body
         yield self._event(is_chat, "")  # as the role's chunk of a chat: no text, no first token
         await asyncio.sleep(script.ttft_s)
+        while not script.may_answer():
+            await asyncio.sleep(0.005)
         for number in range(0 if failure == "empty" else script.num_chunks):
             if number:
                 await asyncio.sleep(script.gap_s)
@@ -95,6 +100,9 @@ class ScriptedServer:
                 return
             served.chunk_s.append(time.perf_counter())
             yield self._event(is_chat, "word " * script.tokens_a_chunk)
+            while script.num_heard is not None and script.num_heard() <= number:
+                await asyncio.sleep(0.001)
+            served.heard_s.append(time.perf_counter())
         if script.has_usage and served.body.get("stream_options"):
             usage = {"prompt_tokens": 7, "completion_tokens": script.num_chunks * script.tokens_a_chunk}
             if script.queue_time_s is not None:

@@ -45,7 +45,7 @@ def test_dispatch_keeps_to_what_was_drawn_where_it_is_late() -> None:
 
     dispatch(iter([0.0, 0.0, 0.0, 0.05, 0.05, 0.05, 0.05]), spawn, stopping)
     assert np.allclose(np.array(due) - due[0], [0, 0, 0, 0.05, 0.1, 0.15])
-    assert 0.0 <= due[0] - started_s < 5.0
+    assert 0.0 <= due[0] - started_s < 60.0
 
 
 def test_dispatch_stops_while_it_waits() -> None:
@@ -53,4 +53,4 @@ def test_dispatch_stops_while_it_waits() -> None:
     dispatching = gevent.spawn(dispatch, iter([3600.0]), pytest.fail, stopping)
     gevent.sleep(0)
     stopping.set()
-    dispatching.get(timeout=10)
+    dispatching.get(timeout=60)

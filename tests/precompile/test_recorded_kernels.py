@@ -58,7 +58,7 @@ print(json.dumps({"found": found, "at_addresses": [record(name, layers=5, place=
 
 def test_recorded_kernels() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     recorded = json.loads(ended.stdout)
     found = recorded["found"]

@@ -83,7 +83,7 @@ def test_products_take_what_is_foretold(gpu: str, cases: list[tuple[str, int]], 
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert ended.returncode == 0, ended.stderr
     foretold, taken, shared_bytes = json.loads(ended.stdout)

@@ -1,5 +1,6 @@
 """What is said while an engine starts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_an_engine_tells_of_each_phase(tmp_path: Path) -> None:
         Phase.STEPS,
     ]
     assert "loading weights: 1/21 tensors\nloading weights: 21/21 tensors, 0.00 GiB, " in text
-    assert "compiling and capturing steps: no kinds of steps, 0.0" in text
+    assert re.search(r"compiling and capturing steps: no kinds of steps, \d+\.\d", text)
     assert "40 blocks of 16: 640 tokens, or 4 requests of 160" in text
     assert lines[-1].startswith("ready in ")
     # Without a draft model, and in a process that has imported everything.
@@ -50,7 +51,7 @@ def test_a_long_phase_is_heard_of_now_and_then() -> None:
                 advance(done, 9)
         assert len(lines) == expected + 1
         assert lines[0] == "compiling and capturing steps: 1/9 kinds of steps"
-        assert lines[-1].startswith("compiling and capturing steps: 9/9 kinds of steps, 0.0")
+        assert re.match(r"compiling and capturing steps: 9/9 kinds of steps, \d+\.\d", lines[-1])
         start_up.ready(PLAN)
         assert lines[expected + 1 : -1] == PLAN.lines()
 

@@ -22,9 +22,10 @@ class _Running:
         return self.request.prompt_token_ids[0]
 
 
-def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0) -> list[int]:
-    """What the engine says to a prompt."""
-    return [(sum(prompt_token_ids) + 1000 * choice_index + position) % 40_000 for position in range(count)]
+def answer(prompt_token_ids: list[int], count: int, choice_index: int = 0, start: int = 0) -> list[int]:
+    """What the engine says to a prompt: so many tokens, but for those before `start`."""
+    first = sum(prompt_token_ids) + 1000 * choice_index
+    return [(first + position) % 40_000 for position in range(start, count)]
 
 
 def load_fake_engine(_find_drafts: object, step_s: float = 0.002) -> "FakeEngine":
@@ -83,9 +84,8 @@ class FakeEngine:
         if running.num_output_tokens == 2 and is_first and kind == DIES:
             os._exit(1)
         count = request.sampling.max_tokens if kind == IS_FAST else 1
-        tokens = answer(request.prompt_token_ids, running.num_output_tokens + count, request.choice_index)
-        new = tuple(tokens[running.num_output_tokens :])
-        running.num_output_tokens += count
+        before, running.num_output_tokens = running.num_output_tokens, running.num_output_tokens + count
+        new = tuple(answer(request.prompt_token_ids, running.num_output_tokens, request.choice_index, before))
         ended = running.num_output_tokens >= request.sampling.max_tokens
         return RequestOutput(request_id, new, finish_reason=FinishReason.LENGTH if ended else None)
 

@@ -21,6 +21,7 @@ from serve_app.replica_registry import ReplicaGoneError, publish_replicas
 
 APPLICATION = "fake"
 NUM_BLOCKS = 1000
+LIMIT_S = 30.0  # for anything here, on a busy machine
 
 
 class FakeCall:
@@ -149,7 +150,7 @@ class Told:
         self.num_stale += 1
 
 
-async def until(condition: Any, limit_s: float = 5.0) -> None:
+async def until(condition: Any, limit_s: float = LIMIT_S) -> None:
     async def wait() -> None:
         while not condition():
             await asyncio.sleep(0.005)
@@ -157,5 +158,5 @@ async def until(condition: Any, limit_s: float = 5.0) -> None:
     await within(wait(), limit_s)
 
 
-async def within(awaitable: Awaitable[Any], limit_s: float = 5.0) -> Any:
+async def within(awaitable: Awaitable[Any], limit_s: float = LIMIT_S) -> Any:
     return await asyncio.wait_for(awaitable, limit_s)

@@ -1,6 +1,8 @@
-"""The scripted engine with few seats: the other requests wait."""
+"""The scripted engine with few seats: the other requests wait. It begins when it may."""
 
 import itertools
+import time
+from pathlib import Path
 
 from engine.request import RequestOutput
 from engine.stats import EngineStats
@@ -13,7 +15,15 @@ STEP_S = 0.02
 class SeatedEngine(FakeEngine):
     """Those that came first have the seats."""
 
+    def __init__(self, step_s: float, may_begin: Path) -> None:
+        """may_begin: as soon as it exists."""
+        super().__init__(step_s)
+        self._may_begin = may_begin
+
     def step(self) -> list[RequestOutput]:
+        if not self._may_begin.exists():
+            time.sleep(self._step_s)
+            return []
         everyone = self._running
         self._running = dict(itertools.islice(everyone.items(), SEATS))
         waiting = {request_id: each for request_id, each in everyone.items() if request_id not in self._running}
@@ -32,6 +42,6 @@ class SeatedEngine(FakeEngine):
         )
 
 
-def load_seated_engine(_find_drafts: object) -> FakeEngine:
-    """What bind() wants."""
-    return SeatedEngine(STEP_S)
+def load_seated_engine(may_begin: Path, _find_drafts: object) -> FakeEngine:
+    """What bind() wants, with the path bound to it."""
+    return SeatedEngine(STEP_S, may_begin)

@@ -19,7 +19,7 @@ class SlowEngine(LLMEngine):
 
 
 def slow_engine_config() -> EngineConfig:
-    limits = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, token_budget=TOKEN_BUDGET, max_model_len=512)
+    limits = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, token_budget=TOKEN_BUDGET, max_model_len=1024)
     cache = CacheConfig(num_blocks=2000)
     return EngineConfig(dtype=DType.FLOAT32, cache=cache, scheduler=limits, num_threads=1)
 

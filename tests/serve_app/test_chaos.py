@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [
     *(sys.executable, "-m", "loadtest.chaos", "--app", "tests.serve_app.chaos_app:app"),
     *("--duration", "60", "--streams", "4", "--max-tokens", "400", "--pause", "2"),
-    *("--recovery-limit", "20"),  # of a busy machine
+    *("--recovery-limit", "40"),  # of a busy machine
     *("--kinds", "engine,draft,ingress,controller", "speculative=remote", "draft_model=the same"),
 ]
 GOOD = Summary(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SERVE = Path(sys.executable).with_name("serve")
 
 
-def run_cli(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [str(SERVE), "run", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
@@ -61,7 +61,7 @@ def test_config_file_with_a_wrong_argument_fails_with_the_line(serve_cluster: st
     config.write_text(yaml.safe_dump({"applications": [application]}))
     address = ray.get_runtime_context().gcs_address
     assert run_cli(str(config), "--address", address, "--non-blocking").returncode == 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (status := serve.status().applications["wrong"]).status != "DEPLOY_FAILED":
         assert time.monotonic() < deadline, status
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,18 @@ from engine.speculative.speculation import Speculation
 from serve_app import draft_book, draft_client, draft_link
 from serve_app.draft_client import MAX_ROUNDS_IN_FLIGHT, RemoteProposer
 from serve_app.draft_messages import PROTOCOL, Drafts, MirrorDrafts
-from tests.serve_app.scripted_draft import ScriptedDraft, connected, is_connected, wait_until
+from serve_app.messages import encode
+from tests.serve_app.scripted_draft import (
+    ENDLESS_S,
+    CountingProposer,
+    PutForwardClock,
+    ScriptedDraft,
+    SilentSocket,
+    WaitingClock,
+    connected,
+    is_connected,
+    wait_until,
+)
 from tests.serve_app.toy_drafter import (
     VOCAB_SIZE,
     ScriptedProposer,
@@ -23,7 +35,8 @@ from tests.serve_app.toy_drafter import (
 )
 
 WAIT_S = 0.05
-MARGIN_S = 0.2  # of a busy machine
+LONG_S = 60.0  # of a wait that ends before
+Pair = tuple[ScriptedDraft, CountingProposer]
 
 
 @pytest.fixture
@@ -32,18 +45,19 @@ def fallback() -> ScriptedProposer:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, fallback: ScriptedProposer) -> Iterator[tuple[ScriptedDraft, RemoteProposer]]:
+def pair(tmp_path: Path, fallback: ScriptedProposer) -> Iterator[Pair]:
     with connected(tmp_path, fallback) as both:
         yield both
 
 
-def drafts(draft: ScriptedDraft, round_number: int, *mirrors: MirrorDrafts, **fields: object) -> None:
-    """Sends drafts, and gives them time to arrive."""
+def drafts(pair: Pair, round_number: int, *mirrors: MirrorDrafts, **fields: object) -> None:
+    """Sends drafts, which then have arrived."""
+    draft, proposer = pair
     draft.send(Drafts(round_number, list(mirrors), **fields))  # type: ignore[arg-type]
-    time.sleep(0.02)
+    draft.wait_until_heard(proposer)
 
 
-def test_rounds_tell_only_what_is_new(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_rounds_tell_only_what_is_new(pair: Pair) -> None:
     draft, proposer = pair
     first, second = make_request("a", [1, 2, 3]), make_request("b", [4])
     advance(second, 2)
@@ -69,13 +83,13 @@ def test_rounds_tell_only_what_is_new(pair: tuple[ScriptedDraft, RemoteProposer]
     assert draft.receive_round().dropped == ["1"]
 
 
-def test_drafts_are_used_while_their_beginning_agrees(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_drafts_are_used_while_their_beginning_agrees(pair: Pair) -> None:
     """A late answer to the first round is as good as one to the last, where it begins with what was chosen since."""
-    draft, proposer = pair
+    _, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
     ahead = continuation([1, 2, 3], 7)
-    drafts(draft, 1, MirrorDrafts("0", 3, ahead))
+    drafts(pair, 1, MirrorDrafts("0", 3, ahead))
     assert proposer.propose([order(request)], 0.0) == [ahead[:3]]
     advance(request, 2)
     assert proposer.propose([order(request)], 0.0) == [ahead[2:5]]
@@ -83,40 +97,66 @@ def test_drafts_are_used_while_their_beginning_agrees(pair: tuple[ScriptedDraft,
     assert proposer.propose([order(request)], 0.0) == [ahead[5:]]  # fewer than ordered
     advance(request, 2)
     assert proposer.propose([order(request)], 0.0) == [[]]
-    drafts(draft, 1, MirrorDrafts("0", 8, [*ahead[5:], 77, 78]))  # still late
+    drafts(pair, 1, MirrorDrafts("0", 8, [*ahead[5:], 77, 78]))  # still late
     assert proposer.propose([order(request)], 0.0) == [[77, 78]]
     request.append_output(79)  # not what was drafted
     assert proposer.propose([order(request)], 0.0) == [[]]
     assert proposer.stats().garbage == 0
 
 
-def test_the_engine_reports_how_it_goes(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_the_engine_reports_how_it_goes(pair: Pair) -> None:
     _, proposer = pair
     remote = Speculation(proposer, 4, 16).stats().remote
     assert remote == proposer.stats()
     assert remote.is_connected
 
 
-def test_waits_for_an_answer_and_no_longer(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
-    draft, proposer = pair
-    request = make_request()
-    started_s = time.perf_counter()
-    assert proposer.propose([order(request)], 5.0) == [[]]  # its prompt has to be read: not waited for
-    drafts(draft, 1, MirrorDrafts("0", 3, []))
-    draft.send(Drafts(0))  # a sign of life answers nothing
-    assert time.perf_counter() - started_s < 5.0
+def become_silent(proposer: CountingProposer, monkeypatch: pytest.MonkeyPatch) -> WaitingClock:
+    """From now on nothing comes, and only waiting takes time."""
+    clock = WaitingClock()
+    monkeypatch.setattr(draft_client, "time", clock)
+    assert proposer._connection is not None
+    silent = SilentSocket(clock, proposer._connection.socket)
+    proposer._connection = replace(proposer._connection, socket=silent)  # type: ignore[arg-type]
+    return clock
 
-    started_s = time.perf_counter()
+
+def test_waits_for_an_answer_and_no_longer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, proposer = pair
+    request = make_request()
+    assert proposer.propose([order(request)], ENDLESS_S) == [[]]  # its prompt has to be read: not waited for
+    drafts(pair, 1, MirrorDrafts("0", 3, []))
+    drafts(pair, 0)  # a sign of life answers nothing
+
+    clock = become_silent(proposer, monkeypatch)
+    started_s = clock.now_s
     assert proposer.propose([order(request)], WAIT_S) == [[]]
-    assert WAIT_S <= time.perf_counter() - started_s < WAIT_S + MARGIN_S
+    assert WAIT_S <= clock.now_s - started_s < WAIT_S + 0.001
     assert proposer.stats().missed_rounds == 1
 
 
-def test_an_answer_to_a_round_that_was_never_sent_is_garbage(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
-    draft, proposer = pair
+def test_a_server_that_falls_silent_is_soon_not_waited_for_and_then_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(tmp_path, ScriptedProposer([7]), draft_client.SILENCE_LIMIT_S) as (draft, proposer):
+        request = make_request()
+        proposer.propose([order(request)], 0.0)
+        drafts((draft, proposer), 1, MirrorDrafts("0", 3, []))
+        clock = become_silent(proposer, monkeypatch)
+        started_s = clock.now_s
+        while proposer.stats().is_connected:
+            assert proposer.propose([order(request)], WAIT_S) == [[7]]
+            advance(request)
+            clock.sleep(0.002)
+        assert 0 < clock.now_s - started_s - draft_client.SILENCE_LIMIT_S < 0.01
+        assert proposer.stats().missed_rounds == 3
+
+
+def test_an_answer_to_a_round_that_was_never_sent_is_garbage(pair: Pair) -> None:
+    _, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
-    drafts(draft, 2, MirrorDrafts("0", 3, [5]))
+    drafts(pair, 2, MirrorDrafts("0", 3, [5]))
     assert proposer.propose([order(request)], 0.0) == [[]]
     assert proposer.stats().garbage == 1
 
@@ -126,22 +166,21 @@ def test_hop_latency_is_of_rounds_that_were_waited_for(tmp_path: Path) -> None:
         request = make_request()
         proposer.propose([order(request)], 0.0)
         draft.receive_round()
-        drafts(draft, 1, MirrorDrafts("0", 3, []))
+        drafts((draft, proposer), 1, MirrorDrafts("0", 3, []))
         assert proposer.stats().last_hop_latency_s == 0.0
 
         def answer() -> None:
             message = draft.receive_round()
+            wait_until(lambda: proposer._unanswered_since_s is not None)  # the time of sending has been taken
             time.sleep(0.03)
             draft.send(Drafts(message.number, [MirrorDrafts("0", 3, [8])]))  # fewer than ordered, and all there is
 
         thread = threading.Thread(target=answer)
         thread.start()
-        started_s = time.perf_counter()
-        assert proposer.propose([order(request)], 10.0) == [[8]]
-        assert time.perf_counter() - started_s < 5.0
+        assert proposer.propose([order(request)], LONG_S) == [[8]]
         thread.join()
         stats = proposer.stats()
-        assert 0.03 <= stats.last_hop_latency_s == stats.hop_latency_s < 5.0
+        assert 0.03 <= stats.last_hop_latency_s == stats.hop_latency_s < LONG_S
         assert stats.missed_rounds == 0
 
 
@@ -153,92 +192,79 @@ def test_hop_latency_is_of_rounds_that_were_waited_for(tmp_path: Path) -> None:
         MirrorDrafts("0", 2**31 - 1, [1]),
     ],
 )
-def test_impossible_drafts_are_dropped(pair: tuple[ScriptedDraft, RemoteProposer], answer: MirrorDrafts) -> None:
-    draft, proposer = pair
+def test_impossible_drafts_are_dropped(pair: Pair, answer: MirrorDrafts) -> None:
+    _, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
-    drafts(draft, 1, answer)
+    drafts(pair, 1, answer)
     assert proposer.propose([order(request)], 0.0) == [[]]
     assert proposer.stats().garbage == 1
-    drafts(draft, 1, MirrorDrafts("0", 3, [5]))
+    drafts(pair, 1, MirrorDrafts("0", 3, [5]))
     assert proposer.propose([order(request)], 0.0) == [[5]]
 
 
-def test_malformed_bytes_are_counted_and_passed_over(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_malformed_bytes_are_counted_and_passed_over(pair: Pair) -> None:
     draft, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
     for data in (b"", b"\xc1" * 50, b"\x91" * 5000, msgspec.msgpack.encode(["drafts", 1, [["0", 3, ["5"]]]])):
         draft.send_bytes(data)
-    drafts(draft, 1, MirrorDrafts("0", 3, [5]), num_mirrors=7, step_time_s=0.25)
+    drafts(pair, 1, MirrorDrafts("0", 3, [5]), num_mirrors=7, step_time_s=0.25)
     assert proposer.propose([order(request)], 0.0) == [[5]]
     stats = proposer.stats()
     assert stats.garbage == 4
     assert (stats.num_mirrors, stats.draft_step_time_s, stats.is_connected) == (7, 0.25, True)
 
 
-def test_a_flood_of_messages_does_not_hold_the_engine(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
-    draft, proposer = pair
+def test_a_flood_of_messages_does_not_hold_the_engine(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
-    for _ in range(900):
-        draft.send(Drafts(1))
-    time.sleep(0.1)
-    received = draft_client.decode_from_draft
-    count = 0
-
-    def counted(data: bytes) -> object:
-        nonlocal count
-        count += 1
-        return received(data)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft_client, "decode_from_draft", counted)
-        proposer.propose([order(request)], 0.0)
-    assert count == draft_client.MAX_MESSAGES_AT_ONCE
+    become_silent(proposer, monkeypatch)
+    flood = [encode(Drafts(1))] * 900
+    monkeypatch.setattr(SilentSocket, "recv", lambda *_: flood.pop())
+    proposer.propose([order(request)], 0.0)
+    assert proposer.num_taken_in == draft_client.MAX_MESSAGES_AT_ONCE
 
 
-def test_a_lost_mirror_is_opened_anew(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_a_lost_mirror_is_opened_anew(pair: Pair) -> None:
     draft, proposer = pair
     request = make_request()
     proposer.propose([order(request)], 0.0)
     draft.receive_round()
     advance(request)
-    drafts(draft, 1, unknown=["0", "nobody"])
+    drafts(pair, 1, unknown=["0", "nobody"])
     proposer.propose([order(request)], 0.0)
     [opening] = draft.receive_round().openings
     assert (opening.key, opening.output_token_ids) == ("1", request.output_token_ids)
-    drafts(draft, 2, MirrorDrafts("0", 4, [1]), MirrorDrafts("1", 4, [2]))
+    drafts(pair, 2, MirrorDrafts("0", 4, [1]), MirrorDrafts("1", 4, [2]))
     assert proposer.propose([order(request)], 0.0) == [[2]]
 
 
-def test_a_refused_request_is_left_alone_for_a_while(
-    pair: tuple[ScriptedDraft, RemoteProposer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_request_is_left_alone_for_a_while(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     draft, proposer = pair
-    monkeypatch.setattr(draft_book, "REFUSED_PAUSE_S", 0.2)
+    monkeypatch.setattr(draft_client, "time", clock := PutForwardClock())
+    monkeypatch.setattr(draft_book, "REFUSED_PAUSE_S", LONG_S)
     request, other = make_request("a"), make_request("b")
     proposer.propose([order(request)], 0.0)
     draft.receive_round()
-    drafts(draft, 1, refused=["0"])
+    drafts(pair, 1, refused=["0"])
     assert not proposer.may_propose(request)
     proposer.propose([order(request), order(other)], WAIT_S)
     assert draft.receive_round().orders == [("1", 3)]
-    time.sleep(0.2)
+    clock.skip(LONG_S)
     assert proposer.may_propose(request)
     proposer.propose([order(request)], 0.0)
     [opening] = draft.receive_round().openings
     assert opening.key == "2"
 
 
-def test_the_fallback_serves_what_the_draft_does_not(
-    pair: tuple[ScriptedDraft, RemoteProposer], fallback: ScriptedProposer
-) -> None:
-    draft, proposer = pair
+def test_the_fallback_serves_what_the_draft_does_not(pair: Pair, fallback: ScriptedProposer) -> None:
+    _, proposer = pair
     fallback.answer = [9, 9]
     first, second = make_request("a"), make_request("b")
     assert proposer.propose([order(first), order(second)], WAIT_S) == [[9, 9], [9, 9]]
-    drafts(draft, 1, MirrorDrafts("1", 3, [5, 6, 7]))
+    drafts(pair, 1, MirrorDrafts("1", 3, [5, 6, 7]))
     assert proposer.propose([order(first), order(second)], 0.0) == [[9, 9], [5, 6, 7]]
     stats = proposer.stats()
     assert (stats.rounds, stats.remote_proposals, stats.fallback_proposals) == (2, 1, 3)
@@ -246,17 +272,17 @@ def test_the_fallback_serves_what_the_draft_does_not(
     assert fallback.forgotten == ["a"]
 
 
-def test_the_engine_need_not_wait_while_a_prompt_is_read(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_the_engine_need_not_wait_while_a_prompt_is_read(pair: Pair) -> None:
     draft, proposer = pair
     request = make_request()
     assert proposer.may_propose(request)  # to be told of
     proposer.propose([order(request)], 0.0)
     assert not proposer.may_propose(request)
-    drafts(draft, 1, MirrorDrafts("0", 3, []))
-    assert proposer.may_propose(request)  # has looked by itself
+    draft.send(Drafts(1, [MirrorDrafts("0", 3, [])]))
+    wait_until(lambda: proposer.may_propose(request))  # which looks by itself
 
 
-def test_nothing_is_sent_to_a_server_that_is_far_behind(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_nothing_is_sent_to_a_server_that_is_far_behind(pair: Pair) -> None:
     draft, proposer = pair
     request = make_request()
     for _ in range(MAX_ROUNDS_IN_FLIGHT + 5):
@@ -264,16 +290,14 @@ def test_nothing_is_sent_to_a_server_that_is_far_behind(pair: tuple[ScriptedDraf
         advance(request)
     numbers = [draft.receive_round().number for _ in range(MAX_ROUNDS_IN_FLIGHT)]
     assert numbers == list(range(1, MAX_ROUNDS_IN_FLIGHT + 1))
-    drafts(draft, numbers[-1])
+    drafts(pair, numbers[-1])
     proposer.propose([order(request)], 0.0)
     message = draft.receive_round()
     assert message.number == MAX_ROUNDS_IN_FLIGHT + 1
     assert message.acceptances[0].token_ids == request.output_token_ids[MAX_ROUNDS_IN_FLIGHT - 1 :]
 
 
-def test_a_request_that_is_too_long_for_a_message_is_not_told(
-    pair: tuple[ScriptedDraft, RemoteProposer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_is_too_long_for_a_message_is_not_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     draft, proposer = pair
     monkeypatch.setattr(draft_book, "MAX_ROUND_TOKENS", 10)
     first, second, huge = make_request("a", [1] * 6), make_request("b", [1] * 6), make_request("c", [1] * 11)
@@ -284,7 +308,7 @@ def test_a_request_that_is_too_long_for_a_message_is_not_told(
     assert [opening.key for opening in draft.receive_round().openings] == ["1"]
 
 
-def test_requests_that_end_are_told_before_they_are_many(pair: tuple[ScriptedDraft, RemoteProposer]) -> None:
+def test_requests_that_end_are_told_before_they_are_many(pair: Pair) -> None:
     draft, proposer = pair
     requests = [make_request(str(place)) for place in range(draft_client.MAX_DROPS_HELD + 1)]
     proposer.propose([order(request) for request in requests], 0.0)
@@ -316,6 +340,8 @@ def test_a_draft_that_does_not_fit_is_refused_with_one_line(
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(draft_link.logger, "warning", lines.append)
+    monkeypatch.setattr(draft_link, "CONNECT_S", LONG_S)
+    monkeypatch.setattr(draft_link, "HANDSHAKE_S", LONG_S)
     draft = ScriptedDraft(tmp_path)
     proposer = RemoteProposer(lambda _: [draft.endpoint], fallback, vocab_size=VOCAB_SIZE, target_name="target")
     for _ in range(3):  # it keeps trying: the draft may be replaced
@@ -347,9 +373,7 @@ def test_without_a_draft_the_fallback_does_it_all(
     assert not proposer.may_propose(request)
     fallback.answer = [4]
     assert proposer.may_propose(request)
-    started_s = time.perf_counter()
-    assert proposer.propose([order(request)], 5.0) == [[4]]
-    assert time.perf_counter() - started_s < MARGIN_S
+    assert proposer.propose([order(request)], ENDLESS_S) == [[4]]
     wait_until(lambda: calls >= 5)  # with a pause that grows
     proposer.forget(request)
     proposer.close()

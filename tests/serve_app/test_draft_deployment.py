@@ -73,25 +73,25 @@ def drafts_right(proposer: RemoteProposer) -> bool:
 
 def test_an_engine_replica_finds_its_draft(draft: Any) -> None:  # noqa: ARG001
     engine = serve.get_deployment_handle(ENGINE_DEPLOYMENT, APPLICATION)
-    status = decode_status(engine.status.remote().result(timeout_s=10))
+    status = decode_status(engine.status.remote().result(timeout_s=60))
     assert status.fingerprint == "fp_that_has_met_its_draft"
 
 
 def test_an_engine_on_another_node_gets_an_encrypted_way(draft: Any) -> None:
     keys = KeyPair.make()
     assert keys is not None
-    answer = decode_endpoint(draft.endpoint.remote("another node", keys.public).result(timeout_s=10))
+    answer = decode_endpoint(draft.endpoint.remote("another node", keys.public).result(timeout_s=60))
     node_ip = ray.util.get_node_ip_address()
     assert answer.address is not None
     assert answer.address.startswith(f"tcp://{node_ip}:")
     assert (answer.node_id, answer.model_name, answer.vocab_size) == (this_node(), "toy", VOCAB_SIZE)
     with zmq.Context() as context:
         client = connect(context, Endpoint(answer.address, answer.server_key), keys)
-        assert client.poll(5000, zmq.POLLOUT)
+        assert client.poll(60_000, zmq.POLLOUT)
         client.send(encode(Hello(PROTOCOL)))
-        assert client.poll(5000)
+        assert client.poll(60_000)
         client.close()
-    without_key = decode_endpoint(draft.endpoint.remote("another node", None).result(timeout_s=10))
+    without_key = decode_endpoint(draft.endpoint.remote("another node", None).result(timeout_s=60))
     assert without_key.address is None
 
 
@@ -101,14 +101,14 @@ def test_a_replica_that_dies_is_replaced_and_found_again(draft: Any) -> None:
     try:
         wait_until(lambda: is_connected(proposer), START_S)
         wait_until(lambda: drafts_right(proposer))
-        first = decode_endpoint(draft.endpoint.remote(this_node()).result(timeout_s=10))
+        first = decode_endpoint(draft.endpoint.remote(this_node()).result(timeout_s=60))
         assert first.address is not None
         assert first.address.startswith("ipc://")
         name = f"SERVE_REPLICA::{APPLICATION}#{DRAFT_DEPLOYMENT}#{first.replica_id}"
         ray.kill(ray.get_actor(name, namespace="serve"), no_restart=False)
-        wait_until(lambda: not drafts_right(proposer))
+        wait_until(lambda: not drafts_right(proposer) and not proposer.stats().is_connected)
         wait_until(lambda: drafts_right(proposer), START_S)
-        second = decode_endpoint(draft.endpoint.remote(this_node()).result(timeout_s=10))
+        second = decode_endpoint(draft.endpoint.remote(this_node()).result(timeout_s=60))
         assert second.replica_id != first.replica_id
         assert proposer.stats().reconnects >= 1
     finally:

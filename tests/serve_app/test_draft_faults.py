@@ -5,7 +5,7 @@ import signal
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from serve_app.draft_transport import Endpoint, connect
 from serve_app.errors import DraftDeadError
 from serve_app.messages import encode
 from tests.serve_app.draft_process import draft_process
-from tests.serve_app.scripted_draft import is_connected, wait_until
+from tests.serve_app.scripted_draft import ENDLESS_S, PutForwardClock, is_connected, wait_until
 from tests.serve_app.toy_drafter import (
     VOCAB_SIZE,
     ScriptedProposer,
@@ -33,19 +33,19 @@ from tests.serve_app.toy_drafter import (
     order,
 )
 
-WAIT_S = 0.05
-MARGIN_S = 0.2  # of a busy machine
+WAIT_S = 0.05  # for a draft that does not answer
+LIMIT_MS = 60_000
+PATIENCE_S = 30.0  # for one that does, on a machine of any speed
 
 
 @contextmanager
 def proposer_of(endpoints: Sequence[Endpoint], **settings: object) -> Iterator[RemoteProposer]:
-    """`endpoints` may change. The fallback proposes [7]."""
+    """`endpoints` may change. The fallback proposes [7]. Silence is no fault, unless told otherwise."""
+    fixed = {"vocab_size": VOCAB_SIZE, "target_name": "target", "silence_limit_s": ENDLESS_S}
     proposer = RemoteProposer(
         lambda _: list(endpoints),
         ScriptedProposer([7]),
-        vocab_size=VOCAB_SIZE,
-        target_name="target",
-        **settings,  # type: ignore[arg-type]
+        **fixed | settings,  # type: ignore[arg-type]
     )
     try:
         yield proposer
@@ -65,18 +65,16 @@ def server_of(drafter: ToyDrafter, **settings: object) -> Iterator[DraftServer]:
 
 
 def propose(proposer: RemoteProposer, request: Request, wait_s: float = WAIT_S) -> Sequence[int]:
-    """One round, which must not take longer than it may."""
-    started_s = time.perf_counter()
+    """One round."""
     [drafts] = proposer.propose([order(request)], wait_s)
-    assert time.perf_counter() - started_s < wait_s + MARGIN_S
     return drafts
 
 
-def drafts_right(proposer: RemoteProposer, request: Request) -> bool:
-    """Whether the draft model has proposed. The target chooses a token whatever comes."""
+def drafts_right(proposer: RemoteProposer, request: Request, wait_s: float = PATIENCE_S) -> bool:
+    """Whether the draft model has proposed all that was ordered. The target chooses a token whatever comes."""
     expected = continuation(request.token_ids(0, request.num_tokens), 3)
-    drafts = propose(proposer, request)
-    assert drafts in (expected, [7])
+    drafts = list(propose(proposer, request, wait_s))
+    assert drafts in (expected, expected[:2], expected[:1], [7])  # late ones may be fewer
     advance(request)
     return drafts == expected
 
@@ -100,11 +98,9 @@ def test_killed_and_replaced(lines: list[str], monkeypatch: pytest.MonkeyPatch) 
         wait_until(lambda: drafts_right(proposer, request))
         first.send_signal(signal.SIGKILL)
         first.wait()
-        wait_until(lambda: not drafts_right(proposer, request) and not proposer.stats().is_connected)
-        started_s = time.perf_counter()
+        wait_until(lambda: not drafts_right(proposer, request, WAIT_S) and not proposer.stats().is_connected)
         for _ in range(100):
-            assert not drafts_right(proposer, request)
-        assert time.perf_counter() - started_s < 1.0, "a draft that is known to be dead is waited for"
+            assert not drafts_right(proposer, request, ENDLESS_S)  # one that is known to be dead is not waited for
         with draft_process() as (_, endpoint):
             endpoints[:] = [endpoint]
             wait_until(lambda: drafts_right(proposer, request))
@@ -119,23 +115,27 @@ def test_stopped_and_continued(lines: list[str]) -> None:
     breaker = CircuitBreaker(min_pause_s=0.2)
     with (
         draft_process() as (process, endpoint),
-        proposer_of(endpoints, breaker=breaker, silence_limit_s=1.0) as proposer,
+        proposer_of(endpoints, breaker=breaker) as proposer,
     ):
         endpoints.append(endpoint)
         request = make_request()
         wait_until(lambda: is_connected(proposer))
         wait_until(lambda: drafts_right(proposer, request))
         process.send_signal(signal.SIGSTOP)
+        proposer._silence_limit_s = 1.0
         missed_before = proposer.stats().missed_rounds
         started_s = time.perf_counter()
-        while proposer.stats().is_connected:
+
+        def is_lost() -> bool:
             propose(proposer, request)
             advance(request)
-            assert time.perf_counter() - started_s < 5.0
-            time.sleep(0.002)
+            return not proposer.stats().is_connected
+
+        wait_until(is_lost)
         assert time.perf_counter() - started_s > 0.9
-        # Three misses, then one for each try, after 0.2 and 0.4 s and so on: hardly any time was spent waiting.
-        assert 3 <= proposer.stats().missed_rounds - missed_before <= 6
+        # Three misses at most, then one for each try, after 0.2 and 0.4 s: hardly any time was spent waiting.
+        assert proposer.stats().missed_rounds - missed_before <= 6
+        proposer._silence_limit_s = ENDLESS_S
         process.send_signal(signal.SIGCONT)
         wait_until(lambda: drafts_right(proposer, request))
         assert proposer.stats().reconnects == 1
@@ -143,22 +143,22 @@ def test_stopped_and_continued(lines: list[str]) -> None:
 
 
 def test_a_slow_draft_is_used_when_it_is_late_and_not_waited_for() -> None:
-    with server_of(ToyDrafter(step_s=0.06)) as server, proposer_of([server.ipc]) as proposer:
+    drafter, breaker = ToyDrafter(), CircuitBreaker(min_pause_s=ENDLESS_S, max_pause_s=ENDLESS_S)
+    with server_of(drafter) as server, proposer_of([server.ipc], breaker=breaker) as proposer:
         request = make_request()
         wait_until(lambda: is_connected(proposer))
         propose(proposer, request)
-        wait_until(lambda: proposer.may_propose(request))
-        time.sleep(0.6)  # it has run ahead
-        assert propose(proposer, request) == continuation([1, 2, 3], 3)
+        wait_until(lambda: propose(proposer, request, 0.0) == continuation([1, 2, 3], 3))
+        drafter.may_step.clear()
         request.append_output(500)
         for _ in range(3):
             propose(proposer, request, 0.01)
-        started_s = time.perf_counter()
-        for _ in range(10):
-            propose(proposer, request)
-        assert time.perf_counter() - started_s < 3 * WAIT_S
-        assert proposer.stats().missed_rounds >= 3
-        wait_until(lambda: propose(proposer, request) == continuation([1, 2, 3, 500], 3))
+        assert proposer.stats().missed_rounds == 3
+        for _ in range(5):
+            assert propose(proposer, request, ENDLESS_S) == [7]
+        drafter.may_step.set()
+        wait_until(lambda: propose(proposer, request, 0.0) == continuation([1, 2, 3, 500], 3))
+        assert proposer.stats().missed_rounds == 3
 
 
 def test_several_engines_of_one_draft() -> None:
@@ -192,14 +192,14 @@ def test_garbage_does_not_stop_the_server(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("serve_app.draft_messages.logger.warning", lambda _: None)
     with server_of(ToyDrafter()) as server, zmq.Context() as context:
         socket = connect(context, server.ipc, None)
-        assert socket.poll(5000, zmq.POLLOUT)
+        assert socket.poll(LIMIT_MS, zmq.POLLOUT)
         foreign = MirrorOpening("0", [VOCAB_SIZE], [], make_request().sampling, 0)
         for data in (b"", b"\xc1garbage", b"\x91" * 5000, encode(Round(1, [foreign]))):
             socket.send(data)
         socket.send_multipart([b"two", b"frames"])
         wait_until(lambda: server.num_malformed == 5)
         socket.send(encode(Hello(1)))
-        assert socket.poll(5000)
+        assert socket.poll(LIMIT_MS)
         server.check_health()
         socket.close()
 
@@ -218,23 +218,34 @@ def test_a_dead_drafter_is_told_by_its_health(monkeypatch: pytest.MonkeyPatch) -
         request = make_request()
         propose(proposer, request)
         wait_until(lambda: propose(proposer, request, 0.0) == [7] and not proposer.stats().is_connected)
+        wait_until(lambda: not server.is_alive)  # its sockets are closed a moment before
         with pytest.raises(DraftDeadError, match="the device is gone"):
             server.check_health()
 
 
-def test_a_drafter_that_hangs_is_told_by_its_health() -> None:
-    drafter = ToyDrafter(step_s=0.5)
-    server = DraftServer(LoadedDraft(drafter, "toy", "fp"), MirrorKeeper(drafter), stall_limit_s=0.2)
-    server.start()
-    with proposer_of([server.ipc]) as proposer:
+def test_a_drafter_that_hangs_is_told_by_its_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_server, "time", clock := PutForwardClock())
+    drafter = ToyDrafter()
+    with server_of(drafter) as server, proposer_of([server.ipc]) as proposer:
+
+        def is_healthy() -> bool:
+            with suppress(DraftDeadError):
+                server.check_health()
+                return True
+            return False
+
         wait_until(lambda: is_connected(proposer))
-        time.sleep(0.3)
-        server.check_health()  # idle is not hung
+        clock.skip(2 * draft_server.STALL_LIMIT_S)
+        wait_until(is_healthy)  # idle is not hung
+        drafter.may_step.clear()
         propose(proposer, make_request())
-        time.sleep(0.4)
+        wait_until(lambda: drafter.num_steps > 0)
+        server.check_health()
+        clock.skip(2 * draft_server.STALL_LIMIT_S)
         with pytest.raises(DraftDeadError, match="no step for"):
             server.check_health()
-    server.shutdown()
+        drafter.may_step.set()
+        wait_until(is_healthy)
 
 
 def test_the_socket_is_for_its_user_only_and_goes_with_the_server() -> None:

@@ -1,7 +1,6 @@
 """Who may talk to a draft server across nodes."""
 
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from tests.serve_app.toy_drafter import VOCAB_SIZE, ScriptedProposer, ToyDrafter
 
 Context = zmq.Context[zmq.Socket[bytes]]
 REFUSED_MS = 400  # how long a refused connection is given to be accepted after all
+LIMIT_MS = 60_000  # for one that is accepted, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +50,18 @@ def keys() -> KeyPair:
     return made
 
 
-def is_answered(context: Context, endpoint: Endpoint, client_keys: KeyPair | None) -> bool:
+def is_answered(context: Context, endpoint: Endpoint, client_keys: KeyPair | None, limit_ms: int = REFUSED_MS) -> bool:
     client = connect(context, endpoint, client_keys)
-    if not client.poll(REFUSED_MS, zmq.POLLOUT):
+    if not client.poll(limit_ms, zmq.POLLOUT):
         return False
     client.send(encode(Hello(PROTOCOL)))
-    return bool(client.poll(REFUSED_MS))
+    return bool(client.poll(limit_ms))
 
 
 def test_a_key_that_was_given_to_the_server_is_let_in(server: DraftServer, tcp: Endpoint, context: Context) -> None:
     client_keys = keys()
     server.sockets.allow(client_keys.public)
-    assert is_answered(context, tcp, client_keys)
+    assert is_answered(context, tcp, client_keys, LIMIT_MS)
 
 
 def test_unknown_peers_get_nothing(server: DraftServer, tcp: Endpoint, context: Context) -> None:
@@ -72,7 +72,7 @@ def test_unknown_peers_get_nothing(server: DraftServer, tcp: Endpoint, context: 
     assert not is_answered(context, Endpoint(tcp.address), None), "a peer without CURVE was let in"
     stolen = KeyPair(known.public, keys().secret)
     assert not is_answered(context, tcp, stolen), "a public key alone was enough"
-    assert is_answered(context, tcp, known)
+    assert is_answered(context, tcp, known, LIMIT_MS)
 
 
 def test_tcp_is_one_port_of_the_nodes_address_only(server: DraftServer, tcp: Endpoint) -> None:
@@ -108,10 +108,7 @@ def test_old_keys_make_room_for_new_ones() -> None:
 
 def test_a_message_that_is_too_large_ends_the_connection(server: DraftServer, context: Context) -> None:
     client = connect(context, server.ipc, None)
-    assert client.poll(5000, zmq.POLLOUT)
+    assert client.poll(LIMIT_MS, zmq.POLLOUT)
     client.send(bytes(MAX_MESSAGE_BYTES + 1))
-    deadline_s = time.monotonic() + 5
-    while client.poll(0, zmq.POLLOUT):
-        assert time.monotonic() < deadline_s, "still connected"
-        time.sleep(0.01)
+    wait_until(lambda: not client.poll(0, zmq.POLLOUT))
     server.check_health()

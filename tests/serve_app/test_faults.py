@@ -21,10 +21,11 @@ from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
 from serve_app.messages import Frame, Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.placement import PlacementRule
-from serve_app.replica_registry import ReplicaGoneError
+from serve_app.replica_registry import ReplicaGoneError, running_replicas
 from serve_app.token_stream import RequestStream
 from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
 from tests.serve_app.fake_replicas import Told
+from tests.serve_app.held_requests import held_request
 
 APPLICATION = "scripted"
 MAX_QUEUED = 8
@@ -52,14 +53,14 @@ def body(*first_tokens: int, max_tokens: int = 20, **fields: Any) -> dict[str, A
 
 
 def all_stats() -> list[EngineStats]:
-    return serve.get_deployment_handle("engine", APPLICATION).broadcast("stats").results(timeout_s=10)
+    return serve.get_deployment_handle("engine", APPLICATION).broadcast("stats").results(timeout_s=60)
 
 
 def num_running() -> int:
     return sum(stats.num_requests_running for stats in all_stats())
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
@@ -73,7 +74,7 @@ def with_client(test: Callable[[EngineClient], Coroutine[Any, Any, None]], rule:
         handle = serve.get_deployment_handle("engine", APPLICATION)
         client = EngineClient(handle, f"test{time.monotonic_ns()}", rule=rule)
         try:
-            await asyncio.wait_for(test(client), 60)
+            await asyncio.wait_for(test(client), 150)
         finally:
             await client.close()
 
@@ -106,14 +107,14 @@ def test_one_member_of_eight_is_cancelled_and_only_it_stops(url: str, shared: li
     async def test(client: EngineClient) -> None:
         await replicas_known(client, 2)
         prompts = [[*shared, 5, place] for place in range(8)]
-        members = [placed(client, prompt, 400) for prompt in prompts]
+        members = [placed(client, prompt, 40_000 if place == 3 else 400) for place, prompt in enumerate(prompts)]
         openings = await asyncio.gather(*client.submit(members))
         assert len({opening.replica_id for opening in openings}) == 2  # spread over both
         await anext(members[3].streams[0])
         members[3].streams[0].abort()
         outputs = await asyncio.gather(*(read_all(member.streams[0]) for member in members))
         assert outputs[3][-1].finish_reason is FinishReason.ABORT
-        assert len(tokens_of(outputs[3])) < 390
+        assert len(tokens_of(outputs[3])) < 40_000
         for place in {*range(8)} - {3}:
             assert tokens_of(outputs[place]) == answer(prompts[place], 400)
 
@@ -136,7 +137,7 @@ def test_aborted_member_is_freed_while_its_siblings_run(url: str) -> None:  # no
 
 def test_abort_before_the_group_has_opened(url: str) -> None:  # noqa: ARG001
     async def test(client: EngineClient) -> None:
-        members = [placed(client, [5, 5], 2000) for _ in range(4)]
+        members = [placed(client, [5, 5], 40_000) for _ in range(4)]
         openings = client.submit(members)
         for member in members[:3]:
             member.streams[0].abort()
@@ -181,7 +182,7 @@ def test_call_to_a_replica_that_has_left_fails_at_once(url: str) -> None:  # noq
     async def test(client: EngineClient) -> None:
         await replicas_known(client, 2)
         with pytest.raises(ReplicaGoneError, match="nobody"):
-            await asyncio.wait_for(handle.stats.remote(replica_id="nobody"), 5)
+            await asyncio.wait_for(handle.stats.remote(replica_id="nobody"), 60)
         for replica_id in client.running_replicas():  # and named calls reach whom they name
             status = await handle.status.remote(replica_id=replica_id)
             assert replica_id.encode() in status
@@ -209,43 +210,41 @@ def test_a_replica_refuses_to_continue_the_answer_of_another_kind(url: str) -> N
 
 def test_failed_request_leaves_its_siblings_alone(url: str) -> None:
     with ThreadPoolExecutor() as pool:
-        failing = pool.submit(httpx.post, url, json=body(FAILS), timeout=30)
-        other = pool.submit(httpx.post, url, json=body(5, max_tokens=300), timeout=30)
+        failing = pool.submit(httpx.post, url, json=body(FAILS), timeout=120)
+        other = pool.submit(httpx.post, url, json=body(5, max_tokens=300), timeout=120)
     assert failing.result().status_code == 500
     assert "logits" in failing.result().json()["error"]["message"]
     assert other.result().json()["usage"]["completion_tokens"] == 300
 
 
 def test_failed_stream_ends_with_an_error_event(url: str) -> None:
-    with httpx.stream("POST", url, json=body(FAILS, stream=True), timeout=30) as response:
+    with httpx.stream("POST", url, json=body(FAILS, stream=True), timeout=120) as response:
         lines = [line for line in response.iter_lines() if line]
     assert response.status_code == 200
     assert any('"error"' in line and "logits" in line for line in lines)
 
 
 def test_fuller_queue_than_allowed_is_429(url: str) -> None:
-    with ThreadPoolExecutor() as pool:
-        silent = pool.submit(httpx.post, url, json=body(*[IS_SILENT] * MAX_QUEUED), timeout=4)
+    with held_request(url, body(*[IS_SILENT] * MAX_QUEUED)):
         wait_until(lambda: num_running() == MAX_QUEUED)
-        refused = httpx.post(url, json=body(IS_FAST), timeout=10)
+        refused = httpx.post(url, json=body(IS_FAST), timeout=120)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        with pytest.raises(httpx.ReadTimeout):
-            silent.result()
     wait_until(lambda: num_running() == 0)
-    assert httpx.post(url, json=body(IS_FAST), timeout=10).status_code == 200
+    assert httpx.post(url, json=body(IS_FAST), timeout=120).status_code == 200
 
 
 def test_more_choices_than_the_queue_holds_is_the_clients_mistake(url: str) -> None:
-    assert httpx.post(url, json=body(5, n=MAX_QUEUED + 1), timeout=10).status_code == 400
+    assert httpx.post(url, json=body(5, n=MAX_QUEUED + 1), timeout=120).status_code == 400
 
 
 @pytest.mark.parametrize("fault", [CRASHES, DIES])
 def test_a_stream_outlives_its_engine_which_is_replaced(url: str, fault: int) -> None:
     """CRASHES ends the engine's thread, DIES the whole process."""
+    before: set[str] = set()
 
     async def test(client: EngineClient) -> None:
-        await replicas_known(client, 2)
+        before.update(await replicas_known(client, 2))
         broken, beside = placed(client, [fault, 100], 300), placed(client, [5, 100], 300)
         client.submit([broken])
         client.submit([beside])
@@ -257,15 +256,15 @@ def test_a_stream_outlives_its_engine_which_is_replaced(url: str, fault: int) ->
 
     with_client(test)
     for _ in range(6):  # the other replica serves meanwhile
-        assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
+        assert httpx.post(url, json=body(IS_FAST), timeout=120).status_code == 200
 
-    def both_are_well() -> bool:
+    def is_replaced() -> bool:
         deployment = serve.status().applications[APPLICATION].deployments["engine"]
-        return deployment.status == "HEALTHY" and deployment.replica_states == {"RUNNING": 2}
+        are_well = deployment.status == "HEALTHY" and deployment.replica_states == {"RUNNING": 2}
+        return are_well and len(before & {*running_replicas(APPLICATION, "engine")}) == 1
 
-    wait_until(lambda: not both_are_well(), 30)
-    wait_until(both_are_well, 60)
-    assert httpx.post(url, json=body(IS_FAST), timeout=30).status_code == 200
+    wait_until(is_replaced, 120)
+    assert httpx.post(url, json=body(IS_FAST), timeout=120).status_code == 200
 
 
 def test_streams_move_from_replicas_that_are_updated(url: str) -> None:  # noqa: ARG001
@@ -276,15 +275,14 @@ def test_streams_move_from_replicas_that_are_updated(url: str) -> None:  # noqa:
         await replicas_known(client, 2)
         before = set(client.running_replicas())
         prompts = [[5, place] for place in range(4)]
-        members = [placed(client, prompt, 20_000) for prompt in prompts]
+        members = [placed(client, prompt, 100_000) for prompt in prompts]
         client.submit(members)
         begun = [await anext(member.streams[0]) for member in members]
-        started_s = time.monotonic()
         await asyncio.to_thread(deploy, 0.001)
-        assert time.monotonic() - started_s < 30  # Serve kills what has not ended by then
         assert not before & set(client.running_replicas())
         moved = sum(num_streams for loss, num_streams in told.losses if loss is Loss.LEFT)
         assert moved >= len(members)
+        # None was killed, as Serve does with what has not ended after 30 s.
         assert len(told.losses) == sum(loss is Loss.LEFT for loss, _ in told.losses)
         for member, prompt, first in zip(members, prompts, begun, strict=True):
             member.streams[0].abort()
@@ -297,7 +295,8 @@ def test_streams_move_from_replicas_that_are_updated(url: str) -> None:  # noqa:
 
 def test_running_stream_ends_well_when_the_application_is_deleted(url: str) -> None:
     """The last test of this module: a drain lets streams finish."""
-    with ThreadPoolExecutor() as pool, httpx.stream("POST", url, json=body(5, max_tokens=900, stream=True)) as response:
+    stream = body(5, max_tokens=900, stream=True)
+    with ThreadPoolExecutor() as pool, httpx.stream("POST", url, json=stream, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
         deletion = pool.submit(serve.delete, APPLICATION)

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -112,10 +113,10 @@ def listeners(service: Namespace) -> list[tuple[str, str, int]]:
     return found
 
 
-def speaks_http(port: int) -> bool:
+def speaks_http(port: int, limit_s: float) -> bool:
     """Whether somebody on the other side of the interface would get an answer to a plain question."""
-    with socket.create_connection((ADDRESS, port), timeout=10) as connection:
-        connection.settimeout(2)
+    with socket.create_connection((ADDRESS, port), timeout=LIMIT_S) as connection:
+        connection.settimeout(limit_s)
         try:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             return connection.recv(16).startswith(b"HTTP/")
@@ -133,16 +134,23 @@ def test_the_fast_modes_are_on(service: Namespace) -> None:
 
 
 def test_http_is_for_this_machine_alone(service: Namespace) -> None:
+    def outside(found: list[tuple[str, str, int]]) -> list[tuple[str, int]]:
+        return [(name, port) for name, ip, port in found if not ip_address(ip).is_loopback]
+
+    # Ray's agents may still be starting.
+    wait_until(lambda: {name for name, _ in outside(listeners(service))} >= GRPC | HTTP, service)
     found = listeners(service)
     serving = {(name, port): ip_address(ip).is_loopback for name, ip, port in found}
     for where in (("haproxy", 8000), ("haproxy", 8404), ("haproxy", 9101), ("ray::ProxyActor", 8500)):
         assert serving[where]
     [replica_port] = [port for name, port in serving if "ingress" in name and 30_000 <= port <= 31_000]
     assert serving["ray::ServeReplica:default:ingress", replica_port]
-    outside = [(name, port) for name, ip, port in found if not ip_address(ip).is_loopback]
-    with_http = {name for name, port in outside if service.inside(lambda port=port: speaks_http(port))}  # type: ignore[misc]
+    assert {name for name, _ in outside(found)} == GRPC | HTTP
+    for limit_s in (2.0, 8.0, 32.0):  # whoever speaks it may be busy; whoever does not may say nothing for ever
+        with_http = {name for name, port in outside(found) if service.inside(partial(speaks_http, port, limit_s))}
+        if with_http >= HTTP:
+            break
     assert with_http == HTTP
-    assert {name for name, _ in outside} == GRPC | HTTP
 
 
 def test_headers_bodies_and_streams_pass_haproxy(service: Namespace) -> None:
@@ -203,7 +211,7 @@ def test_who_finds_the_queue_full_is_told_when_to_come_again(service: Namespace)
     assert len(answers) >= num_excess
     assert {(status, code) for status, _, code in answers} == {(429, "overloaded")}
     assert all(1 <= retry_after_s <= 600 for _, retry_after_s, _ in answers)
-    assert service.inside(lambda: ask(1).getresponse().status) == 200
+    wait_until(lambda: service.inside(lambda: ask(1).getresponse().status) == 200, service)  # all have left
 
 
 def test_the_log_has_the_phases_of_the_start(service: Namespace) -> None:

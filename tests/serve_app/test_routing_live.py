@@ -15,14 +15,15 @@ from ray import serve
 from engine.stats import EngineStats
 from serve_app.app import bind, load_served_model
 from serve_app.config import parse_config
+from serve_app.replica_book import LOAD_EXPIRY_S
 from serve_app.replica_registry import running_replicas
 from tests.serve_app.seated_engine import SEATS, load_seated_engine
 from tests.serve_app.slow_engine import load_slow_engine
 from tests.tiny_models import write_tiny_model
 
 ROUTED, WOKEN = "routed", "woken"
-NUM_CONVERSATIONS = 8
-pytestmark = pytest.mark.timeout(180)
+NUM_CONVERSATIONS = 16
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,14 @@ def url(
 def stats_of(application: str) -> dict[str, EngineStats]:
     """By replica."""
     handle = serve.get_deployment_handle("engine", application)
-    handle.stats.remote().result(timeout_s=10)  # the router has heard of the replicas then
+    handle.stats.remote().result(timeout_s=60)  # the router has heard of the replicas then
     return {
-        replica_id: handle.stats.remote(replica_id=replica_id).result(timeout_s=10)
+        replica_id: handle.stats.remote(replica_id=replica_id).result(timeout_s=60)
         for replica_id in running_replicas(application, "engine")
     }
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
@@ -74,17 +75,18 @@ def cached_tokens(response: dict[str, Any]) -> int:
 
 
 def test_the_second_turn_of_a_conversation_finds_its_blocks(url: str) -> None:
-    """All of them: with a coin for each, one in 256 runs would pass."""
+    """All of them: with a coin for each, one in 65,536 runs would pass."""
     wait_until(lambda: len(stats_of(ROUTED)) == 2)
     conversations = [[number, *range(2, 49)] for number in range(NUM_CONVERSATIONS)]  # three blocks, none in common
 
     async def run() -> None:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=200) as client:
             first = await asyncio.gather(*(post(client, url, prompt, 4) for prompt in conversations))
             assert [cached_tokens(response) for response in first] == [0] * NUM_CONVERSATIONS
             found = await asyncio.to_thread(stats_of, ROUTED)
             used = [stats.prompt_tokens for stats in found.values()]
             assert min(used) > 0, "one replica has them all"
+            await asyncio.sleep(LOAD_EXPIRY_S)  # what late frames say of the load is forgotten
             for prompt in conversations:  # one after another: nothing but what they have speaks for a replica
                 assert cached_tokens(await post(client, url, [*prompt, 7, 8, 9], 4)) == 48
 
@@ -97,9 +99,9 @@ def test_a_flood_of_one_beginning_spills_over_to_the_other_replica(url: str) -> 
     system = [200 + place % 50 for place in range(160)]  # ten blocks: worth a bit more than one request
 
     async def run() -> None:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=200) as client:
             await post(client, url, [*system, 1], 1)
-            responses = await asyncio.gather(*(post(client, url, [*system, 2, number], 8) for number in range(24)))
+            responses = await asyncio.gather(*(post(client, url, [*system, 2, number], 40) for number in range(24)))
         found = Counter(cached_tokens(response) for response in responses)
         assert found[160] >= 22  # all but those that brought it to the other replica
 
@@ -109,26 +111,36 @@ def test_a_flood_of_one_beginning_spills_over_to_the_other_replica(url: str) -> 
 
 
 @pytest.fixture
-def woken_url(serve_cluster: str, default_model_path: Path) -> Iterator[str]:  # noqa: ARG001
+def may_begin(tmp_path: Path) -> Path:
+    return tmp_path / "may begin"
+
+
+@pytest.fixture
+def woken_url(serve_cluster: str, default_model_path: Path, may_begin: Path) -> Iterator[str]:  # noqa: ARG001
     """At first without an engine replica."""
     arguments = {"min_replicas": 0, "max_replicas": 2, "target_queue_depth": 16, "engine_num_cpus": 0.1}
     config = parse_config({"device": "cpu", "ingress_num_cpus": 0.1, "max_num_seqs": SEATS, **arguments})
-    application = bind(config, load_seated_engine, partial(load_served_model, config))
+    application = bind(config, partial(load_seated_engine, may_begin), partial(load_served_model, config))
     serve.run(application, name=WOKEN, route_prefix=f"/{WOKEN}")
     yield f"{serve_cluster}/{WOKEN}/v1/completions"
     serve.delete(WOKEN)
 
 
-def test_a_burst_from_zero_is_shared_by_all_replicas_that_come(woken_url: str) -> None:
-    """The first that is up gets every request that waited; the next takes a part of its queue."""
+def test_a_burst_from_zero_is_shared_by_all_replicas_that_come(woken_url: str, may_begin: Path) -> None:
+    """The first that is up gets every request that waited; the next, however late, takes a part of its queue."""
+
+    def is_shared() -> bool:
+        queues = [stats.num_requests_running + stats.num_requests_waiting for stats in stats_of(WOKEN).values()]
+        return len(queues) == 2 and min(queues) > 64 / 4
 
     async def run() -> None:
-        async with httpx.AsyncClient(timeout=100, limits=httpx.Limits(max_connections=None)) as client:
-            burst = [post(client, woken_url, [5, number], 30) for number in range(64)]
-            for response in await asyncio.gather(*burst):
+        async with httpx.AsyncClient(timeout=200, limits=httpx.Limits(max_connections=None)) as client:
+            burst = asyncio.gather(*(post(client, woken_url, [5, number], 30) for number in range(64)))
+            await asyncio.to_thread(wait_until, is_shared)
+            may_begin.touch()
+            for response in await burst:
                 assert response["usage"]["completion_tokens"] == 30
 
     asyncio.run(run())
-    wait_until(lambda: len(stats_of(WOKEN)) == 2)
     steps = [stats.num_steps for stats in stats_of(WOKEN).values()]
     assert min(steps) > max(steps) / 4, steps

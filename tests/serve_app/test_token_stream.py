@@ -37,7 +37,7 @@ def test_cancelled_reader_loses_nothing() -> None:
         stream.put(RequestOutput("r", (1,)))
         reader.cancel()
         await asyncio.wait([reader])
-        assert (await asyncio.wait_for(anext(stream), 1)).token_ids == (1,)
+        assert (await asyncio.wait_for(anext(stream), 30)).token_ids == (1,)
 
     asyncio.run(run())
 

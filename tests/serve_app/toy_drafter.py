@@ -1,6 +1,6 @@
 """A deterministic stand-in for a draft model, and requests that a target of the same kind would answer alike."""
 
-import time
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,10 +45,14 @@ class _Mirror:
 
 
 class ToyDrafter:
-    """One draft a step for each mirror that lacks some; the step after opening reads the prompt."""
+    """One draft a step for each mirror that lacks some; the step after opening reads the prompt.
 
-    def __init__(self, step_s: float = 0.0, max_tokens: int = 10_000, vocab_size: int = VOCAB_SIZE) -> None:
-        self.step_s = step_s
+    While `may_step` is not set, a step does not end.
+    """
+
+    def __init__(self, max_tokens: int = 10_000, vocab_size: int = VOCAB_SIZE) -> None:
+        self.may_step = threading.Event()
+        self.may_step.set()
         self.max_tokens = max_tokens
         self.mirrors: dict[str, _Mirror] = {}
         self.num_steps = 0
@@ -100,7 +104,7 @@ class ToyDrafter:
 
     def step(self) -> list[str]:
         self.num_steps += 1
-        time.sleep(self.step_s)
+        self.may_step.wait()
         grown = []
         for key, mirror in self.mirrors.items():
             if not mirror.is_read:

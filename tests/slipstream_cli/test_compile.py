@@ -31,7 +31,7 @@ def model(tmp_path: Path) -> Path:
 def compile_kernels(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-W", "ignore", "-c", MAIN, "compile", *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)
 
 
 def architecture(cubin: Path) -> int:

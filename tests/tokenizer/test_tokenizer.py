@@ -62,7 +62,7 @@ def test_encoding_releases_the_interpreter(byte_level: Tokenizer) -> None:
         time.sleep(0.001)
         turns += 1
     thread.join()
-    assert turns > 20
+    assert turns > 5  # hardly one, if it were not so
 
 
 def test_token_bytes_joined_are_the_text(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:

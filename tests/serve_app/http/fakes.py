@@ -63,8 +63,9 @@ class ByteTokenizer:
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
-# An output, an error to raise, seconds to sleep, or the fingerprint of the engine that speaks from here on.
-Script = list[RequestOutput | BaseException | float | str]
+# An output, an error to raise, seconds to sleep, the fingerprint of the engine that speaks from here on, or what to do.
+Script = list[RequestOutput | BaseException | float | str | Callable[[], None]]
+LIMIT_S = 60.0  # for anything here, on a busy machine
 
 
 def says(text: str | bytes, *, end: FinishReason | None = FinishReason.STOP, size: int = 1, top: int = -1) -> Script:
@@ -111,6 +112,11 @@ class ScriptedStream:
             if isinstance(item, str):
                 self.fingerprints.append(item)
                 continue
+            if not isinstance(item, RequestOutput):
+                item()
+                for _ in range(3):  # what is due by then, happens
+                    await asyncio.sleep(0)
+                continue
             await asyncio.sleep(0)
             self.num_read += 1
             self.ended = item.finish_reason is not None
@@ -155,6 +161,22 @@ class FakeAdmitter:
 
     async def readiness(self) -> Any:
         return SimpleNamespace(ready=self.state == "ready", state=self.state)
+
+
+def put_forward(seconds: float) -> None:
+    """The clock of the event loop: its timers for until then are due."""
+    loop = asyncio.get_running_loop()
+    now_s = loop.time
+    loop.time = lambda: now_s() + seconds  # type: ignore[method-assign]
+
+
+async def left_over(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+    """Tasks that are there in addition, and do not end."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + LIMIT_S
+    while (left := asyncio.all_tasks() - before) and loop.time() < deadline_s:
+        await asyncio.sleep(0.01)
+    return left
 
 
 def app_over(admitter: FakeAdmitter, **options: Any) -> Starlette:
@@ -215,5 +237,5 @@ async def leave(app: Starlette, path: str, body: Any, when: Callable[[list[dict[
         "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
         "headers": [(b"content-type", b"application/json")], "client": ("c", 1), "server": ("s", 80),
     }  # fmt: skip
-    await asyncio.wait_for(app(scope, receive, send), timeout=5)
+    await asyncio.wait_for(app(scope, receive, send), LIMIT_S)
     return sent

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.serve_app.http.fakes import FakeAdmitter, app_over, leave, says
+from tests.serve_app.http.fakes import LIMIT_S, FakeAdmitter, app_over, leave, left_over, says
 
 SLOW = [0.01, *says("a", end=None), 60.0, *says("never read")]
 BODY = {"prompt": ["p", "q"], "n": 2}
@@ -20,9 +20,7 @@ def run(admitter, body, when):
     async def main():
         before = asyncio.all_tasks()
         sent = await leave(app_over(admitter), "/v1/completions", body, when)
-        # An admission that outlives its client is the one task that may.
-        await asyncio.sleep(2 * admitter.admit_delay_s + 0.01)
-        return sent, asyncio.all_tasks() - before
+        return sent, await left_over(before)  # an admission that outlives its client is the one task that may
 
     return asyncio.run(main())
 
@@ -93,9 +91,8 @@ def test_server_that_fails_the_send_counts_as_a_client_that_left(n):
             "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [],
             "root_path": "", "scheme": "http", "server": ("s", 80),
         }  # fmt: skip
-        await asyncio.wait_for(app_over(admitter)(scope, receive, send), 5)
-        await asyncio.sleep(0.01)
-        return asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait_for(app_over(admitter)(scope, receive, send), LIMIT_S)
+        return await left_over({asyncio.current_task()})
 
     assert not asyncio.run(main())
     assert all(s.num_aborts for s in admitter.streams)
@@ -111,15 +108,13 @@ def test_handler_that_is_cancelled_frees_everything(stream, delay_s):
         serving = asyncio.ensure_future(
             leave(app_over(admitter), "/v1/completions", BODY | {"stream": stream}, lambda _: False)
         )
+        while not admitter.calls:
+            await asyncio.sleep(0)
         await asyncio.sleep(delay_s)
-        if not delay_s:
-            while not admitter.calls:
-                await asyncio.sleep(0)
         serving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await serving
-        await asyncio.sleep(0.05)
-        return asyncio.all_tasks() - {asyncio.current_task()}
+        return await left_over({asyncio.current_task()})
 
     assert not asyncio.run(main())
     assert len(admitter.streams) == 4

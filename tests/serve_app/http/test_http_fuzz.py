@@ -139,4 +139,4 @@ def test_nesting_check_takes_linear_time(body):
     started = time.perf_counter()
     with contextlib.suppress(InvalidRequest):
         check_nesting(body)
-    assert time.perf_counter() - started < 2  # quadratic would be hours
+    assert time.perf_counter() - started < 60  # quadratic would be hours

@@ -57,7 +57,7 @@ def test_times_count_from_when_the_request_was_read(path, stream):
     [first_s], [later_s], [(reason, whole_s)] = recorder.first_s, recorder.later_s, recorder.ends
     assert first_s >= 0.07
     assert later_s >= 0.03
-    assert first_s + later_s <= whole_s < 5
+    assert first_s + later_s <= whole_s < 60
     assert reason is FinishReason.LENGTH
 
 

@@ -12,7 +12,7 @@ from serve_app.errors import Overload, OverloadedError, TimedOutError, TimeLimit
 from serve_app.http.completions import CompletionRequest
 from serve_app.http.tenant import SHARED, tenant_of
 from serve_app.time_limits import TimeLimits
-from tests.serve_app.http.fakes import FakeAdmitter, app_over, error_of, events_of, fetch, says
+from tests.serve_app.http.fakes import LIMIT_S, FakeAdmitter, app_over, error_of, events_of, fetch, put_forward, says
 from tests.serve_app.http.test_http_observer import Recorder
 
 PATH = "/v1/completions"
@@ -40,8 +40,8 @@ def test_no_token_in_time(stream, n):
 
 
 def test_the_queue_ends_with_the_first_token_of_any_choice():
-    scripts = [[*says("a", end=None), 0.1, *says("b")], [0.15, *says("later")]]
-    response = limited(FakeAdmitter(scripts), {"prompt": "x", "n": 2}, queue_timeout_s=0.05)
+    scripts = [[*says("a", end=None), lambda: put_forward(1000.0), *says("b")], [0.05, *says("later")]]
+    response = limited(FakeAdmitter(scripts), {"prompt": "x", "n": 2}, queue_timeout_s=100.0)
     assert [choice["text"] for choice in response.json()["choices"]] == ["ab", "later"]
 
 
@@ -59,12 +59,13 @@ def test_an_answer_that_takes_too_long(n):
 
 @pytest.mark.parametrize("path", [PATH, CHAT])
 def test_a_stream_that_takes_too_long_ends_with_an_event(path):
-    admitter = FakeAdmitter([[*says("ab", end=None), NEVER, *says("late")]])
+    clock = [lambda: put_forward(500.0), *says("c", end=None), lambda: put_forward(1000.0)]
+    admitter = FakeAdmitter([[*says("ab", end=None), *clock, NEVER, *says("late")]])
     body = {"prompt": "x"} if path == PATH else {"messages": [{"role": "user", "content": "x"}]}
-    response = limited(admitter, body | {"stream": True}, path=path, request_timeout_s=0.1, queue_timeout_s=0.05)
+    response = limited(admitter, body | {"stream": True}, path=path, request_timeout_s=1000.0, queue_timeout_s=100.0)
     assert response.status_code == 200
     *chunks, last = events_of(response)
-    assert len(chunks) == 2
+    assert len(chunks) == 3
     assert last["error"]["code"] == "request_timeout"
     assert all(stream.freed for stream in admitter.streams)
 
@@ -91,11 +92,10 @@ def test_it_is_freed_though_nobody_reads():
             "query_string": b"", "headers": [(b"content-type", b"application/json")],
         }  # fmt: skip
         task = asyncio.create_task(app(scope, receive, send))
-        await asyncio.wait_for(blocked.wait(), 5)
-        for _ in range(100):
-            if admitter.streams[0].num_aborts:
-                break
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(blocked.wait(), LIMIT_S)
+        async with asyncio.timeout(LIMIT_S):
+            while not admitter.streams[0].num_aborts:
+                await asyncio.sleep(0.01)
         assert admitter.streams[0].num_aborts == 1
         task.cancel()
         await asyncio.wait({task})
