@@ -6,9 +6,8 @@ from pathlib import Path
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig
 from serve_app.metrics import ENGINE_METRICS, INGRESS_METRICS
+from tests.documents import DOCUMENTS, ROOT
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
