@@ -65,6 +65,39 @@ def test_every_document_is_linked_from_the_readme() -> None:
     assert {str(document.relative_to(ROOT)) for document in DOCUMENTS} - {"README.md"} <= linked
 
 
+# What models, runs and readers bring, and what our commands write.
+ELSEWHERE = re.compile(
+    r".*config\.(json|yaml)|tokenizer.*\.json|.*_map\.json|model\..*\.json|(NEW|before|after|slipstream-kernels)\.json|results/run\..*"
+)
+OURS = "engine|serve_app|slipstream_cli|loadtest|benchmarks|tools|tests"
+
+
+def test_files_and_modules_that_are_named_exist() -> None:
+    """In code within sentences; links are looked at above."""
+    files = {
+        str(path.relative_to(ROOT))
+        for folder in ("docs", "deploy", *OURS.split("|"))
+        for path in (ROOT / folder).rglob("*.*")
+    } | {path.name for path in ROOT.iterdir()}
+    missing, found = [], 0
+    for document in DOCUMENTS:
+        prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        words = {word.strip(".,()") for code in re.findall(r"`([^`]+)`", prose) for word in re.split(r"[\s:=]+", code)}
+        for word in words:
+            if re.fullmatch(r"[\w./-]+\.(py|sh|toml|svg|html|yaml|json|md)", word) and not ELSEWHERE.fullmatch(word):
+                exists = any(file == word or file.endswith(f"/{word}") for file in files)
+            elif re.fullmatch(rf"({OURS})(\.[a-z_]\w*)+", word):
+                exists = any((ROOT / word.replace(".", "/")).with_suffix(suffix).exists() for suffix in ("", ".py"))
+            elif re.fullmatch(r"test_\w+", word):
+                exists = any(file.endswith(f"/{word}.py") for file in files)
+            else:
+                continue
+            found += 1
+            missing += [] if exists else [f"{document.name}: {word}"]
+    assert missing == []
+    assert found > 20
+
+
 def test_speeds_in_the_readme_are_those_of_the_performance_tables() -> None:
     readme, tables = ((ROOT / name).read_text() for name in ("README.md", "docs/performance.md"))
     speeds = [
