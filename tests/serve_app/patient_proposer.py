@@ -12,7 +12,7 @@ PATIENCE_S = 30.0
 class PatientProposer(RemoteProposer):
     """Waits for what is ordered, and until the draft has read the prompts that it was only just told of."""
 
-    def propose(self, orders: Sequence[DraftOrder], wait_s: float) -> Sequence[Sequence[int]]:
+    def propose(self, orders: Sequence[DraftOrder], wait_s: float) -> Sequence[Sequence[int]]:  # noqa: ARG002
         proposals = super().propose(orders, PATIENCE_S)
         deadline_s = time.monotonic() + PATIENCE_S
         while not all(entry.has_answered for entry in self._book._entries.values()) and time.monotonic() < deadline_s:
