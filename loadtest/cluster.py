@@ -63,7 +63,7 @@ class Cluster:
         self.url = f"http://127.0.0.1:{port}/{self.application}/v1"
 
     def processes(self, kind: str) -> dict[str, int]:
-        """Of one deployment, the controller or the proxies: the actors that are ready and answer, and their processes."""
+        """Of one deployment, the controller or the proxies: actors that are ready and answer, and their processes."""
 
         def pid(actor: object) -> int:
             replica = getattr(actor, "_replica_impl", None)  # neither a controller nor a proxy has one
