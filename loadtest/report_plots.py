@@ -114,8 +114,10 @@ def _shade(axes: Axes, results: Results, origin_s: float) -> None:
 def _svg(figure: Figure, axes: Axes) -> str:
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    title = axes.get_title() or axes.get_title("left")
     with io.StringIO() as text:
-        figure.savefig(text, format="svg")
+        figure.savefig(text, format="svg", transparent=True)  # the page's own background, light or dark
         plt.close(figure)
         whole = text.getvalue()
-    return whole[whole.index("<svg") :]  # without the XML head, which has no place in a page
+    # Without the XML head, which has no place in a page.
+    return whole[whole.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
