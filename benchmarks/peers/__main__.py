@@ -80,7 +80,10 @@ def main(
             files, place, traffic, start_timeout, quiet_timeout, status.update if errors.is_terminal else errors.print
         )
         outcomes = [bench.prepare(subject) for subject in subjects]
-        bench.run(outcomes, rounds)
+        try:
+            bench.run(outcomes, rounds)
+        except KeyboardInterrupt:
+            errors.print("interrupted: this is what was measured until then")
     agreements = agreements_of(outcomes, path)
     print(markdown(outcomes, agreements))
     for line in doubts(outcomes):
@@ -129,5 +132,5 @@ def refuse(line: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers are ended on the way out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: servers are ended, results are written
     typer.run(main)
