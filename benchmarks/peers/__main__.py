@@ -57,6 +57,7 @@ def main(
     max_model_len: Annotated[int, typer.Option(help="tokens of a request that each peer must take")] = 1024,
     start_timeout: Annotated[float, typer.Option(help="seconds for a peer to get ready")] = 300.0,
     quiet_timeout: Annotated[float, typer.Option(help="seconds to wait for others to leave the machine alone")] = 60.0,
+    attempts: Annotated[int, typer.Option(help="at each level in a round, while others use the machine", min=1)] = 2,
     folder: Annotated[Path, typer.Option(help="for models in other formats, and logs")] = Path("runs/peers"),
     results: Annotated[Path, typer.Option(help="folder for the JSON file")] = Path("benchmarks/results"),
 ) -> None:
@@ -76,9 +77,8 @@ def main(
     place = Place(HOST, 0, device, threads, max_model_len, max(traffic.streams), folder)
     with errors.status("") as status:
         files = ModelFiles(path, own_folder(folder, path), gguf)
-        bench = Bench(
-            files, place, traffic, start_timeout, quiet_timeout, status.update if errors.is_terminal else errors.print
-        )
+        show = status.update if errors.is_terminal else errors.print
+        bench = Bench(files, place, traffic, start_timeout, quiet_timeout, attempts, show)
         outcomes = [bench.prepare(subject) for subject in subjects]
         try:
             bench.run(outcomes, rounds)

@@ -121,6 +121,8 @@ def write_serve_config(place: Place, import_path: str, arguments: Mapping[str, A
     return path
 
 
-def serve_command(python: str, config: Path) -> list[str]:
-    """On a Ray of its own, whatever else runs on the machine."""
-    return [python, "-m", "ray.serve.scripts", "run", "--address", "local", str(config)]
+def serve_launch(python: str, config: Path, environment: Mapping[str, str]) -> Launch:
+    """On a Ray of its own, whatever else runs on the machine. Ray gives its workers a low priority, which no other
+    server here has beside the client: it is told not to."""
+    command = [python, "-m", "ray.serve.scripts", "run", "--address", "local", str(config)]
+    return Launch(command, {**environment, "RAY_worker_niceness": "0"})

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 
 import psutil
 
@@ -12,14 +11,11 @@ QUIET_PERCENT = 10.0  # of all cores: what others may use
 LOOK_S = 1.0
 
 
-def wait_until_quiet(limit_s: float, waiting: Callable[[float], None]) -> None:
-    """Returns when the machine has been quiet for LOOK_S, or after limit_s: what follows is watched in any case.
-
-    `waiting` is told what others use, in percent.
-    """
+def wait_until_quiet(limit_s: float) -> None:
+    """Returns when the machine has been quiet for LOOK_S, or after limit_s: what follows is watched in any case."""
     deadline_s = time.monotonic() + limit_s
-    while (percent := psutil.cpu_percent(LOOK_S)) > QUIET_PERCENT and time.monotonic() < deadline_s:
-        waiting(percent)
+    while psutil.cpu_percent(LOOK_S) > QUIET_PERCENT and time.monotonic() < deadline_s:
+        pass
 
 
 class Watch:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.peers.peer import SERVED_NAME, Launch, Peer, Place, serve_command, write_serve_config
+from benchmarks.peers.peer import SERVED_NAME, Launch, Peer, Place, serve_launch, write_serve_config
 from benchmarks.peers.vllm import cpu_environment
 
 
@@ -22,4 +22,4 @@ class RayServeLLM(Peer):
             "accelerator_config": {"kind": "cpu" if place.device == "cpu" else "gpu"},
         }
         path = write_serve_config(place, "ray.serve.llm:build_openai_app", {"llm_configs": [config]})
-        return Launch(serve_command(self.program, path), cpu_environment(place) if place.device == "cpu" else {})
+        return serve_launch(self.program, path, cpu_environment(place) if place.device == "cpu" else {})

@@ -8,8 +8,8 @@ from benchmarks.peers.agreement import Answers, ask
 from benchmarks.peers.catalogue import Subject
 from benchmarks.peers.model_files import ModelFiles
 from benchmarks.peers.peer import AbsentError, Launch, Place
-from benchmarks.peers.quiet import Watch, wait_until_quiet
-from benchmarks.peers.server import ServerError, running
+from benchmarks.peers.quiet import QUIET_PERCENT, Watch, wait_until_quiet
+from benchmarks.peers.server import RunningServer, ServerError, running
 from benchmarks.peers.workload import WARM_UP_ROUND, Client, Sample, Traffic
 from serve_app.ports import free_port
 
@@ -48,6 +48,7 @@ class Bench:
     traffic: Traffic
     start_timeout_s: float
     quiet_timeout_s: float
+    attempts: int
     show: Callable[[str], None]
 
     def prepare(self, subject: Subject) -> Outcome:
@@ -86,7 +87,8 @@ class Bench:
         def waiting(past_s: float) -> None:
             show(f"starting, {past_s:.0f} s")
 
-        wait_until_quiet(self.quiet_timeout_s, lambda percent: show(f"others use {percent:.0f} % of the cores"))
+        show("waiting for the machine to be quiet")
+        wait_until_quiet(self.quiet_timeout_s)
         show("starting")
         try:
             with running(launch, log, client.is_ready, self.start_timeout_s, waiting) as server:
@@ -94,16 +96,39 @@ class Bench:
                 if outcome.answers is None:
                     show("a few answers")
                     outcome.answers = ask(client)
-                warm_up = replace(self.traffic, output_tokens=WARM_UP_TOKENS)
-                for level, streams in enumerate(self.traffic.streams):
-                    show(f"{streams} streams")
-                    client.measure(warm_up.prompts(WARM_UP_ROUND + round_number, level), streams)
-                    watch = Watch(server.pid)
-                    sample = client.measure(self.traffic.prompts(round_number, level), streams)
-                    outcome.others_percent.setdefault(streams, []).append(watch.others_percent())
-                    outcome.samples.setdefault(streams, []).append(sample)
+                for level in range(len(self.traffic.streams)):
+                    self._measure_level(outcome, client, server, round_number, level, show)
         finally:
             client.close()
+
+    def _measure_level(
+        self,
+        outcome: Outcome,
+        client: Client,
+        server: RunningServer,
+        round_number: int,
+        level: int,
+        show: Callable[[str], None],
+    ) -> None:
+        """Again while others use the machine, with other prompts; the time with the least of it counts."""
+        streams = self.traffic.streams[level]
+        warm_up = replace(self.traffic, output_tokens=WARM_UP_TOKENS)
+        client.measure(warm_up.prompts(WARM_UP_ROUND + round_number, level), streams)
+        found: list[tuple[float, Sample]] = []
+        for attempt in range(self.attempts):
+            if attempt:
+                show(f"{streams} streams, others used {found[-1][0]:.0f} % of the cores: once more when it is quiet")
+                wait_until_quiet(self.quiet_timeout_s)
+            show(f"{streams} streams")
+            prompts = self.traffic.prompts(round_number * self.attempts + attempt, level)
+            watch = Watch(server.pid)
+            sample = client.measure(prompts, streams)
+            found.append((watch.others_percent(), sample))
+            if found[-1][0] <= QUIET_PERCENT:
+                break
+        others_percent, sample = min(found, key=lambda each: each[0])
+        outcome.samples.setdefault(streams, []).append(sample)
+        outcome.others_percent.setdefault(streams, []).append(others_percent)
 
 
 def own_folder(folder: Path, model: Path) -> Path:

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.peers.peer import SERVED_NAME, FileKind, Launch, Peer, Place, serve_command, write_serve_config
+from benchmarks.peers.peer import SERVED_NAME, FileKind, Launch, Peer, Place, serve_launch, write_serve_config
 from serve_app.serve_modes import switch_on
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +45,9 @@ class Slipstream(Peer):
         environment = dict(os.environ)
         switch_on("auto", place.host, environment)  # with a file, `serve run` reads arguments after Ray has started
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
-        return Launch(
-            serve_command(self.program, write_serve_config(place, "serve_app:app", arguments)),
+        return serve_launch(
+            self.program,
+            write_serve_config(place, "serve_app:app", arguments),
             {name: value for name, value in environment.items() if os.environ.get(name) != value},
         )
 

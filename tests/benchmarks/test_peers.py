@@ -1,7 +1,9 @@
 """Peers side by side: who takes part, how servers start and end, what is measured, what is written down."""
 
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from benchmarks.peers.agreement import Answers, compare, reference_of
 from benchmarks.peers.catalogue import PEERS, Subject, parse_programs, parse_subjects
 from benchmarks.peers.model_files import ModelFiles, main_type
 from benchmarks.peers.peer import AbsentError, FileKind, Place
+from benchmarks.peers.quiet import Watch
 from benchmarks.peers.rounds import Bench, Outcome
 from benchmarks.peers.server import descendants, running
 from benchmarks.peers.workload import Client, Sample, Traffic
@@ -46,9 +49,11 @@ def place_in(folder: Path, port: int = 0) -> Place:
     return Place("127.0.0.1", port, "cpu", 2, 512, 3, folder)
 
 
-def run_fakes(folder: Path, text: str, rounds: int = 1, start_timeout_s: float = 30.0) -> list[Outcome]:
+def run_fakes(
+    folder: Path, text: str, rounds: int = 1, start_timeout_s: float = 30.0, attempts: int = 1
+) -> list[Outcome]:
     lines: list[str] = []
-    bench = Bench(ModelFiles(folder, folder), place_in(folder), TRAFFIC, start_timeout_s, 0.0, lines.append)
+    bench = Bench(ModelFiles(folder, folder), place_in(folder), TRAFFIC, start_timeout_s, 0.0, attempts, lines.append)
     outcomes = [bench.prepare(subject) for subject in parse_subjects(text, {})]
     bench.run(outcomes, rounds)
     return outcomes
@@ -149,6 +154,34 @@ def test_what_is_measured(tmp_path: Path) -> None:
             assert sample.output_tokens_per_s <= 5 * count / (5 * GAP_S * count / streams)
     assert [o.samples[1][0].is_usage for o in (plain, uncounted)] == [True, False]
     assert [o.samples[1][0].prompt_tokens for o in (plain, uncounted)] == [PROMPT_TOKENS, None]
+
+
+def test_a_disturbed_level_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least disturbed time counts, and a quiet one is the last."""
+    percents = iter([60.0, 30.0, 50.0, 5.0])
+    monkeypatch.setattr(Watch, "others_percent", lambda _: next(percents))
+    asked: list[Sequence[Any]] = []
+    measure = Client.measure
+    monkeypatch.setattr(Client, "measure", lambda self, *each: (asked.append(each[0]), measure(self, *each))[1])
+    (outcome,) = run_fakes(tmp_path, "fake", attempts=3)
+    assert outcome.others_percent == {1: [30.0], 3: [5.0]}
+    assert {streams: len(samples) for streams, samples in outcome.samples.items()} == {1: 1, 3: 1}
+    texts = [prompt.messages[0]["content"] for batch in asked for prompt in batch]
+    assert len(asked) == 2 + 3 + 1  # with a warm-up at each level
+    assert len(set(texts)) == len(texts)
+
+
+def test_what_others_use_is_seen() -> None:
+    """What this process uses is others' only where it is not counted as its own."""
+    own, strange = Watch(psutil.Process().pid), Watch(psutil.Process().pid)
+    strange._own_s = lambda: 0.0  # type: ignore[method-assign]
+    strange._started = (*strange._started[:2], 0.0)
+    started_s, until_s = time.monotonic(), time.process_time() + 0.4
+    while time.process_time() < until_s:
+        pass
+    seen_percent, all_percent = own.others_percent(), strange.others_percent()
+    all_s = (time.monotonic() - started_s) * (os.cpu_count() or 1)
+    assert (all_percent - seen_percent) / 100 * all_s == pytest.approx(0.4, abs=0.15)
 
 
 def test_streams_without_a_done_are_whole_only_for_peers_that_say_none(tmp_path: Path) -> None:
