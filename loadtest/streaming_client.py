@@ -17,6 +17,7 @@ from loadtest.sse import DONE, SseParser, error_code, parse_event
 
 CHAT = "chat/completions"
 COMPLETIONS = "completions"
+NO_DONE = f"stream without {DONE}"
 # perf_counter() is finer than time() and is never set; with this it is comparable among processes.
 _EPOCH_S = time.time() - time.perf_counter()
 
@@ -119,7 +120,7 @@ def _read_stream(response: HTTPSocketPoolResponse, record: RequestRecord, starte
         if event.completion_tokens is not None:
             record.prompt_tokens, record.output_tokens = event.prompt_tokens, event.completion_tokens
             record.is_usage = True
-    return error or "stream without [DONE]"
+    return error or NO_DONE
 
 
 def _refusal(status: int, body: bytes) -> str:
