@@ -135,7 +135,7 @@ class GroupStream:
         An ingress that hangs would have each engine hang that has just answered it, and with that every ingress.
 
         Raises:
-            asyncio.CancelledError: the reader has been silent for too long. Calls that are cancelled are not waited for.
+            asyncio.CancelledError: the reader has been silent for too long. Ray waits for no call that is cancelled.
         """
         while self._unfinished or self._dirty or self._acknowledged < self._last_outputs:
             await self._wake.wait()

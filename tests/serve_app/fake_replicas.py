@@ -86,6 +86,7 @@ class FakeReplicas:
     def __init__(self, *replica_ids: str) -> None:
         self.calls: list[FakeCall] = []
         self.fingerprints: dict[str, str] = {}  # of replicas that answer how they are
+        self.acknowledged: dict[str, int] = {}  # group: sequence number of the last frame that was read
         self.aborted: list[tuple[str, str, int]] = []  # replica, group, member
         self.told = Told()
         self.run(*replica_ids)
@@ -107,7 +108,9 @@ class FakeReplicas:
 
     async def _control(self, message: bytes, replica_id: str) -> None:
         """Credit and aborts."""
-        for group_id, members in decode_control(message).aborted.items():
+        control = decode_control(message)
+        self.acknowledged |= control.acknowledged
+        for group_id, members in control.aborted.items():
             self.aborted += [(replica_id, group_id, member) for member in members]
 
     async def _status(self, replica_id: str) -> bytes:

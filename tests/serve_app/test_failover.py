@@ -300,6 +300,39 @@ def test_a_draining_replica_is_not_left_for_another_model() -> None:
     run(test, "a")
 
 
+def test_the_end_of_an_answer_is_acknowledged_at_once() -> None:
+    """The replica's call ends with that."""
+
+    async def test(client: EngineClient, replicas: FakeReplicas) -> None:
+        client._housekeeping.cancel()  # which acknowledges too, but later
+        item = placed("r")
+        client.submit([item])
+        call = await replicas.call(0)
+        call.open()
+        call.say(10)
+        call.say(11, reason=FinishReason.LENGTH)
+        assert ids(await within(read(item.streams[0]))) == [10, 11]
+        await until(lambda: replicas.acknowledged == {call.submission.group_id: 2})
+        assert not call.is_cancelled
+
+    run(test, "a")
+
+
+def test_a_draining_replica_which_hears_no_acknowledgement_has_its_ended_call_cancelled() -> None:
+    async def test(client: EngineClient, replicas: FakeReplicas) -> None:
+        item = placed("r")
+        client.submit([item])
+        call = await replicas.call(0)
+        call.open()
+        replicas.run()
+        call.say(10, reason=FinishReason.LENGTH)
+        assert ids(await within(read(item.streams[0]))) == [10]
+        await until(lambda: call.is_cancelled)
+        assert replicas.told.losses == []
+
+    run(test, "a")
+
+
 def test_a_full_replica_sends_what_is_new_elsewhere_and_the_client_away_where_all_are() -> None:
     async def test(client: EngineClient, replicas: FakeReplicas) -> None:
         item = placed("r")
