@@ -1,7 +1,6 @@
 """What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
 
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What a test draws does not depend on those before it. And a pytest-xdist that groups nothing says nothing: two
     clusters on two cores then make tests fail at random."""
-    random.seed(0)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # not Python's own generator, which Serve draws the ids of its requests from
     is_grouped = not hasattr(item.config, "workerinput") or "@" in item.nodeid
     if item.get_closest_marker("xdist_group") is not None and not is_grouped:
         pytest.fail(f"pytest {pytest.__version__} and this pytest-xdist do not group tests", pytrace=False)
