@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
 from engine.request import FinishReason, RequestOutput, SamplingParams
@@ -21,7 +22,7 @@ from serve_app.failover import Loss
 from serve_app.group import PlacedPrompt
 from serve_app.messages import Frame, Opening, Refusal, Submission, SubmittedPrompt, decode_frame, encode
 from serve_app.placement import PlacementRule
-from serve_app.replica_registry import ReplicaGoneError, running_replicas
+from serve_app.replica_registry import ReplicaGoneError
 from serve_app.token_stream import RequestStream
 from tests.serve_app.fake_engine import CRASHES, DIES, FAILS, IS_FAST, IS_SILENT, answer, load_fake_engine
 from tests.serve_app.fake_replicas import Told
@@ -29,7 +30,7 @@ from tests.serve_app.held_requests import held_request
 
 APPLICATION = "scripted"
 MAX_QUEUED = 8
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 def deploy(step_s: float = 0.002) -> None:
@@ -54,6 +55,12 @@ def body(*first_tokens: int, max_tokens: int = 20, **fields: Any) -> dict[str, A
 
 def all_stats() -> list[EngineStats]:
     return serve.get_deployment_handle("engine", APPLICATION).broadcast("stats").results(timeout_s=60)
+
+
+def engine_actors() -> set[str]:
+    """Names of those that live."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return {each["name"] for each in actors if each["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#engine#")}
 
 
 def num_running() -> int:
@@ -241,10 +248,10 @@ def test_more_choices_than_the_queue_holds_is_the_clients_mistake(url: str) -> N
 @pytest.mark.parametrize("fault", [CRASHES, DIES])
 def test_a_stream_outlives_its_engine_which_is_replaced(url: str, fault: int) -> None:
     """CRASHES ends the engine's thread, DIES the whole process."""
-    before: set[str] = set()
+    before = engine_actors()
 
     async def test(client: EngineClient) -> None:
-        before.update(await replicas_known(client, 2))
+        await replicas_known(client, 2)
         broken, beside = placed(client, [fault, 100], 300), placed(client, [5, 100], 300)
         client.submit([broken])
         client.submit([beside])
@@ -261,9 +268,9 @@ def test_a_stream_outlives_its_engine_which_is_replaced(url: str, fault: int) ->
     def is_replaced() -> bool:
         deployment = serve.status().applications[APPLICATION].deployments["engine"]
         are_well = deployment.status == "HEALTHY" and deployment.replica_states == {"RUNNING": 2}
-        return are_well and len(before & {*running_replicas(APPLICATION, "engine")}) == 1
+        return are_well and len(before & engine_actors()) == 1
 
-    wait_until(is_replaced, 120)
+    wait_until(is_replaced, 150)
     assert httpx.post(url, json=body(IS_FAST), timeout=120).status_code == 200
 
 
