@@ -1,5 +1,6 @@
 """The server that comes with llama-cpp-python, llama.cpp's Python binding."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ class LlamaCppPython(Peer):
     reads: ClassVar[FileKind] = FileKind.GGUF
     formats: ClassVar[tuple[str, ...]] = GGUF_FORMATS
     ready_path: ClassVar[str] = "/v1/models"
+    greedy: ClassVar[Mapping[str, Any]] = {"temperature": 0, "repeat_penalty": 1.0}  # as it comes: 1.1
 
     def launch(self, model: Path, number_format: str, place: Place) -> Launch:
         del number_format  # the file's

@@ -70,6 +70,7 @@ class Peer(ABC):
     reads: ClassVar[FileKind] = FileKind.DIRECTORY
     formats: ClassVar[tuple[str, ...]] = FLOATS  # of numbers; the first is the default
     ready_path: ClassVar[str] = "/health"
+    greedy: ClassVar[Mapping[str, Any]] = {"temperature": 0}
     says_done: ClassVar[bool] = True  # that its streams end with [DONE], as OpenAI's do
 
     def __init__(self, program: str) -> None:

@@ -81,7 +81,7 @@ class Bench:
         launch = peer.launch(model, outcome.subject.number_format, place)
         threads = dict.fromkeys(THREAD_VARIABLES, str(place.num_threads))
         launch = Launch(launch.command, threads | dict(launch.environment))
-        client = Client(place.url, peer, peer.model_name(model), place.max_streams)
+        client = Client(place.url, peer, peer.model_name(model))
         log = place.folder / f"{outcome.title.replace(':', '-')}.log"
 
         def waiting(past_s: float) -> None:
@@ -90,16 +90,13 @@ class Bench:
         show("waiting for the machine to be quiet")
         wait_until_quiet(self.quiet_timeout_s)
         show("starting")
-        try:
-            with running(launch, log, client.is_ready, self.start_timeout_s, waiting) as server:
-                outcome.start_s.append(server.start_s)
-                if outcome.answers is None:
-                    show("a few answers")
-                    outcome.answers = ask(client)
-                for level in range(len(self.traffic.streams)):
-                    self._measure_level(outcome, client, server, round_number, level, show)
-        finally:
-            client.close()
+        with running(launch, log, client.is_ready, self.start_timeout_s, waiting) as server:
+            outcome.start_s.append(server.start_s)
+            if outcome.answers is None:
+                show("a few answers")
+                outcome.answers = ask(client)
+            for level in range(len(self.traffic.streams)):
+                self._measure_level(outcome, client, server, round_number, level, show)
 
     def _measure_level(
         self,

@@ -80,11 +80,10 @@ class Sample:
 class Client:
     """Of one running server."""
 
-    def __init__(self, url: str, peer: Peer, model: str, max_streams: int) -> None:
+    def __init__(self, url: str, peer: Peer, model: str) -> None:
         self._url = url
         self._peer = peer
         self._model = model
-        self._http = StreamingClient(url, "", SILENCE_S, max_streams, insecure=False)
 
     def measure(self, prompts: Sequence[Prompt], num_streams: int) -> Sample:
         """Raises ValueError where a request failed."""
@@ -98,7 +97,7 @@ class Client:
             OSError: there is none.
             ValueError: it is not JSON.
         """
-        fields = {"model": self._model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+        fields = {"model": self._model, "messages": list(messages), "max_tokens": max_tokens, **self._peer.greedy}
         request = urllib.request.Request(
             f"{self._url}/v1/{CHAT}", json.dumps(fields).encode(), {"Content-Type": "application/json"}
         )
@@ -115,20 +114,20 @@ class Client:
         except (OSError, ValueError, KeyError):
             return False
 
-    def close(self) -> None:
-        self._http.close()
-
     def _stream(self, prompt: Prompt) -> RequestRecord:
         body = {
             "model": self._model,
             "messages": prompt.messages,
             "max_tokens": prompt.max_tokens,
-            "temperature": 0,
+            **self._peer.greedy,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         record = RequestRecord(prompt.workload, due_s=0.0, sent_s=0.0)
-        self._http.send(CHAT, body | self._peer.full_length(prompt.max_tokens), record)
+        # A connection for each request: some servers close them, and who asks at that moment gets nothing.
+        http = StreamingClient(self._url, "", SILENCE_S, 1, insecure=False)
+        http.send(CHAT, body | self._peer.full_length(prompt.max_tokens), record)
+        http.close()
         if record.error == NO_DONE and record.finish_reason and not self._peer.says_done:
             record.error = ""
         return record

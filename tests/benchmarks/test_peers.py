@@ -133,12 +133,11 @@ def test_a_server_has_a_deadline(tmp_path: Path) -> None:
 def test_all_that_a_server_started_ends_with_it(tmp_path: Path) -> None:
     peer = FakePeer(sys.executable)
     place = place_in(tmp_path, free_port("127.0.0.1"))
-    client = Client(place.url, peer, "m", 1)
+    client = Client(place.url, peer, "m")
     log = tmp_path / "log"
     with running(peer.launch(tmp_path, "offspring", place), log, client.is_ready, 30.0) as server:
         child = psutil.Process(int(log.read_text()))
         assert child.ppid() == server.pid
-    client.close()
     assert not psutil.pid_exists(server.pid)
     assert not child.is_running()
 
