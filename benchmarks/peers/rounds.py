@@ -95,6 +95,7 @@ class Bench:
             if outcome.answers is None:
                 show("a few answers")
                 outcome.answers = ask(client)
+            wait_until_quiet(self.quiet_timeout_s)  # some are busy for a while after they have answered
             for level in range(len(self.traffic.streams)):
                 self._measure_level(outcome, client, server, round_number, level, show)
 
