@@ -8,18 +8,23 @@ from benchmarks.autoscaling.comparison import EAGER_SERVE, ORACLE, OURS, SERVE, 
 
 COLOURS = {OURS: "#0b6e4f", SERVE: "#c8553d", EAGER_SERVE: "#e0a458", ORACLE: "#7a7a7a"}
 MAX_POINTS = 600  # of a line: a day has 170,000 steps
+STYLE = {"svg.hashsalt": "slipstream", "svg.fonttype": "none", "font.size": 8}
 
 
 def plot(results: list[Result], path: Path) -> None:
     """One panel for each trace, in the format that the path's suffix names."""
-    import matplotlib
+    from matplotlib import rc_context
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "slipstream", "svg.fonttype": "none", "font.size": 8}
-    from matplotlib import pyplot
+    with rc_context(STYLE):
+        _draw(results, path)
+
+
+def _draw(results: list[Result], path: Path) -> None:
+    from matplotlib.figure import Figure
 
     traces = list(dict.fromkeys(result.trace for result in results))
-    figure, panels = pyplot.subplots(len(traces), 1, figsize=(8, 2.1 * len(traces)), squeeze=False)
+    figure = Figure(figsize=(8, 2.1 * len(traces)))
+    panels = figure.subplots(len(traces), 1, squeeze=False)
     for panel, name in zip(panels[:, 0], traces, strict=True):
         for result in (each for each in results if each.trace == name):
             trace, held = result.outcome.trace, result.outcome.num_held
@@ -37,4 +42,3 @@ def plot(results: list[Result], path: Path) -> None:
         panel.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
