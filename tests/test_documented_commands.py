@@ -19,7 +19,7 @@ OURS = re.compile(r"(slipstream (?!-)|serve run serve_app:app|python -m (benchma
 # What a block says that needs a GPU, a cloud, a Ray of its own, the network, or long.
 CANNOT_RUN_HERE = re.compile(
     r"^(serve|ray|aws|gcloud|kubectl|docker|prometheus|guidellm|pytest) |pip install|ray start|--device cuda|"
-    r"slipstream compile|python -m (tests\.cluster|tools\.|benchmarks\.(kernels|serve_modes)|"
+    r"slipstream compile|python -m (tests\.cluster|tools\.|benchmarks\.(kernels|serve_modes|peers)|"
     r"loadtest\.(chaos|storm|slow_readers|soak))|pytest -n|/tmp/ray/session_latest",
     re.MULTILINE,
 )
