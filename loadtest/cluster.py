@@ -116,11 +116,8 @@ class Cluster:
         return len(self.processes(kind)) >= count and (kind == CONTROLLER or self._num_running(kind) >= count)
 
     def _num_running(self, deployment: str) -> int:
-        try:
-            status = serve.status().applications[self.application].deployments[deployment]
-        except Exception:  # the controller is on its way back
-            return 0
-        return status.replica_states.get("RUNNING", 0)
+        status = self._deployments().get(deployment)
+        return 0 if status is None else status.replica_states.get("RUNNING", 0)
 
     def wait_until_whole(self, counts: Mapping[str, int], limit_s: float) -> bool:
         deadline_s = time.monotonic() + limit_s
@@ -131,11 +128,15 @@ class Cluster:
         return False
 
     def _is_healthy(self) -> bool:
+        deployments = self._deployments()
+        return bool(deployments) and all(each.status == "HEALTHY" for each in deployments.values())
+
+    def _deployments(self) -> Mapping[str, Any]:
+        """As Serve has them, by name; none while the controller is on its way back."""
         try:
-            application = serve.status().applications[self.application]
-        except Exception:  # the controller is on its way back
-            return False
-        return all(deployment.status == "HEALTHY" for deployment in application.deployments.values())
+            return serve.status().applications[self.application].deployments
+        except Exception:
+            return {}
 
     def left_over(self, limit_s: float = 40.0) -> str:
         """What the service holds although nobody asks for anything, so long after that; empty: nothing, and the books

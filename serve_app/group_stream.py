@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import NoReturn
 
 from engine.request import FinishReason, Request, RequestOutput
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, encode, to_wire
@@ -13,7 +14,7 @@ LEASE_S = 30.0  # a reader that acknowledges nothing for so long is gone: its in
 LAST_LEASE_S = 5.0  # the same, where everything was sent and only the end is to come
 
 
-async def until_cancelled() -> None:
+async def until_cancelled() -> NoReturn:
     """For calls that have nothing more to say, and whose reader cancels them: see `GroupStream.frames`."""
     await asyncio.sleep(LAST_LEASE_S)
     raise asyncio.CancelledError

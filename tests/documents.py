@@ -86,6 +86,12 @@ def all_blocks() -> list[Block]:
     return [block for document in DOCUMENTS for block in blocks(document)]
 
 
+def codes_in_sentences(document: Path) -> list[str]:
+    """What stands between single backticks, outside of blocks."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`]+)`", prose)
+
+
 def shows(output: str, printed: str) -> bool:
     """Whether a document's output is what was printed, `…` apart; spaces and empty lines do not count."""
     pattern = re.escape(" ".join(output.split())).replace("…", ".*")

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.loader.catalogue import CATALOGUE
 from serve_app.config import AppConfig
 from serve_app.metrics import ENGINE_METRICS, INGRESS_METRICS
-from tests.documents import DOCUMENTS, ROOT
+from tests.documents import DOCUMENTS, ROOT, codes_in_sentences
 
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
@@ -81,8 +81,8 @@ def test_files_and_modules_that_are_named_exist() -> None:
     } | {path.name for path in ROOT.iterdir()}
     missing, found = [], 0
     for document in DOCUMENTS:
-        prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-        words = {word.strip(".,()") for code in re.findall(r"`([^`]+)`", prose) for word in re.split(r"[\s:=]+", code)}
+        codes = codes_in_sentences(document)
+        words = {word.strip(".,()") for code in codes for word in re.split(r"[\s:=]+", code)}
         for word in words:
             if re.fullmatch(r"[\w./-]+\.(py|sh|toml|svg|html|yaml|json|md)", word) and not ELSEWHERE.fullmatch(word):
                 exists = any(file == word or file.endswith(f"/{word}") for file in files)

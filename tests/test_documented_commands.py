@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import parse_config
 from slipstream_cli.app import app as slipstream
-from tests.documents import DOCUMENTS, Block, all_blocks
+from tests.documents import DOCUMENTS, Block, all_blocks, codes_in_sentences
 
 OURS = re.compile(r"(slipstream (?!-)|serve run serve_app:app|python -m (benchmarks|loadtest|tools|tests)\.)")
 # What a block says that needs a GPU, a cloud, a Ray of its own, the network, or long.
@@ -41,8 +41,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for block in scripts():
         found += [(block.place, line) for line in block.text.replace("\\\n", " ").splitlines()]
     for document in DOCUMENTS:
-        prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-        found += [(document.name, code.replace("\n", " ")) for code in re.findall(r"`([^`]+)`", prose)]
+        found += [(document.name, code.replace("\n", " ")) for code in codes_in_sentences(document)]
     return [
         (place, [word for word in shlex.split(line.split(" > ")[0], comments=True) if word != "…"])
         for place, line in found
