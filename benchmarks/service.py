@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -30,6 +30,10 @@ from serve_app.app import bind, load_served_model, num_cpu_threads
 from serve_app.config import AppConfig, parse_config
 from serve_app.ports import free_port
 from serve_app.serve_modes import modes_of_this_process, switch_on
+
+if TYPE_CHECKING:
+    from engine.llm_engine import LLMEngine
+    from serve_app.draft_link import Resolve
 
 PART_TIMEOUT_S = 500
 REPEATS = 3  # of the requests that are there at once
@@ -69,8 +73,10 @@ def run_engine(shape: str, config: AppConfig, num_streams: int, input_tokens: in
     return [run.output_tokens_per_s for run in runs]
 
 
-def serve_it(shape: str, config: AppConfig, port: int) -> Callable[[], None]:
-    """Starts Ray and the service on it. Returns what ends both."""
+def serve_it(
+    shape: str, config: AppConfig, port: int, load: Callable[["Resolve | None"], "LLMEngine"]
+) -> Callable[[], None]:
+    """Starts Ray and the service on it, whose engines `load` makes. Returns what ends both."""
     import ray
     from ray import serve
 
@@ -81,7 +87,7 @@ def serve_it(shape: str, config: AppConfig, port: int) -> Callable[[], None]:
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
     serve.start(http_options={"host": HOST, "port": port})
-    serve.run(bind(config, lambda _: load_engine(shape, config), load_model))
+    serve.run(bind(config, load, load_model))
     return ray.shutdown
 
 
@@ -90,7 +96,7 @@ def run_service(
 ) -> dict[str, Any]:
     """The same requests through HTTP; then as many as saturate it, and arrivals at part of that."""
     port = free_port(HOST)
-    end = serve_it(shape, config, port)
+    end = serve_it(shape, config, port, lambda _: load_engine(shape, config))
     clients = Clients(Traffic(port, SHAPES[shape].vocab_size, input_tokens, output_tokens), options["processes"])
     warm = Clients(Traffic(port, SHAPES[shape].vocab_size, input_tokens, 4), options["processes"])
     try:

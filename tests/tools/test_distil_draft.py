@@ -26,7 +26,7 @@ from engine.config import (
 )
 from engine.errors import ConfigError, ModelError
 from engine.llm_engine import LLMEngine
-from engine.loader.checkpoint import open_checkpoint
+from engine.loader.checkpoint import Checkpoint, open_checkpoint
 from engine.request import Request, SamplingParams
 from tests.tiny_models import write_tiny_model
 from tools.distil_draft import __main__ as command_module
@@ -312,6 +312,22 @@ def test_an_end_and_samples_are_needed(target: Path, samples: list[Sample], tmp_
 
 
 # --- evaluation
+
+
+def test_evaluation_of_one_method_as_a_service_drafts(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, configs = LLMEngine.from_checkpoint, []
+
+    def started(checkpoint: Checkpoint, config: EngineConfig) -> LLMEngine:
+        configs.append(config.speculative)
+        return start(checkpoint, config)
+
+    monkeypatch.setattr(LLMEngine, "from_checkpoint", started)
+    tokenizer: Any = LetterTokenizer()
+    settings: dict[str, Any] = {"per_tag": 1, "max_tokens": 20, "batch": 1, "seed": 0, "adaptive": True}
+    config, methods = EngineConfig(dtype=DType.FLOAT32, num_threads=1), [SpeculativeMethod.LOCAL]
+    cells = evaluate(open_checkpoint(target), tokenizer, target, config, methods=methods, **settings)
+    assert [cell.method for cell in cells] == [SpeculativeMethod.OFF] * 6 + [SpeculativeMethod.LOCAL] * 6
+    assert configs == [SpeculativeConfig(), SpeculativeConfig(SpeculativeMethod.LOCAL, draft_model_path=target)]
 
 
 def test_evaluation_and_card(target: Path, samples: list[Sample], tmp_path: Path) -> None:

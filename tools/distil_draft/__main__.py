@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.hardware import hardware_name
-from engine.config import Device, EngineConfig, SchedulerConfig
+from engine.config import Device, EngineConfig, SchedulerConfig, SpeculativeMethod
 from engine.errors import ConfigError, SlipstreamError
 from engine.llm_engine import LLMEngine
 from engine.loader.catalogue import DEFAULT_MODEL
@@ -25,7 +25,7 @@ from engine.tokenizer import load_tokenizer
 from slipstream_cli.model import MODEL_HELP, open_model, progress_bars
 from tools.distil_draft.card import COLUMNS, model_card, table_row
 from tools.distil_draft.draft_directory import copy_draft
-from tools.distil_draft.evaluate import NUM_DRAFT_TOKENS, evaluate
+from tools.distil_draft.evaluate import METHODS, NUM_DRAFT_TOKENS, evaluate
 from tools.distil_draft.generate import cache_for, generate
 from tools.distil_draft.initial import Initial
 from tools.distil_draft.llama import DraftShape
@@ -184,6 +184,10 @@ def evaluate_draft(
     per_tag: Annotated[int, typer.Option(help="prompts of each kind")] = 8,
     max_tokens: Annotated[int, typer.Option(help="of one answer")] = 128,
     batch: Annotated[int, typer.Option(help="requests at once")] = 1,
+    methods: Annotated[str, typer.Option(help="beside off, separated by commas")] = ",".join(METHODS[1:]),
+    adaptive: Annotated[
+        bool, typer.Option(help=f"as many drafts as pay, as in a service, and not {NUM_DRAFT_TOKENS} in each step")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Measure acceptance and speed on held-out prompts, and see that no token changes."""
@@ -200,6 +204,8 @@ def evaluate_draft(
         max_tokens=max_tokens,
         batch=batch,
         seed=seed,
+        methods=[SpeculativeMethod(name) for name in methods.split(",")],
+        adaptive=adaptive,
         on_cell=lambda cell: say(lambda: ", ".join(filter(None, table_row(asdict(cell))))),
     )
     dtype = str(prepare_device(config)[1]).removeprefix("torch.")
@@ -208,7 +214,7 @@ def evaluate_draft(
         "dtype": dtype,
         "torch": torch.__version__,
         "draft": str(draft),
-        "num_draft_tokens": NUM_DRAFT_TOKENS,
+        "num_draft_tokens": "adaptive" if adaptive else NUM_DRAFT_TOKENS,
         "per_tag": per_tag,
         "max_tokens": max_tokens,
         "batch": batch,

@@ -67,9 +67,13 @@ def evaluate(
     max_tokens: int,
     batch: int,
     seed: int,
+    methods: Sequence[SpeculativeMethod] = METHODS,
+    adaptive: bool = False,
     on_cell: Callable[[Cell], None] = lambda _cell: None,
 ) -> list[Cell]:
     """Each method on the same requests, up to `batch` at once. `config`: device, formats and threads count.
+
+    adaptive: as many drafts as pay, as in a service, in place of NUM_DRAFT_TOKENS in every step.
 
     Raises:
         ModelError, ConfigError: target or draft cannot be used.
@@ -79,8 +83,8 @@ def evaluate(
     longest = max(len(ids) for some in prompts.values() for ids in some)
     exact: dict[tuple[Tag, str], tuple[float, list[list[int]]]] = {}
     cells = []
-    for method in METHODS:
-        engine = _start(target, config, method, draft, batch, longest + max_tokens)
+    for method in dict.fromkeys((SpeculativeMethod.OFF, *methods)):  # first what the others are compared with
+        engine = _start(target, config, _speculative(method, draft, adaptive), batch, longest + max_tokens)
         names = count()
         _run(engine, prompts[Tag.CHAT][:1], SamplingParams(temperature=0.8, seed=0, max_tokens=8), names)  # warms up
         for tag, some in prompts.items():
@@ -97,18 +101,21 @@ def evaluate(
     return cells
 
 
+def _speculative(method: SpeculativeMethod, draft: Path, adaptive: bool) -> SpeculativeConfig:
+    path = draft if method is SpeculativeMethod.LOCAL else None
+    if adaptive:
+        return SpeculativeConfig(method, draft_model_path=path)
+    return SpeculativeConfig(method, NUM_DRAFT_TOKENS, path, always=method is not SpeculativeMethod.OFF)
+
+
 def _start(
-    target: Checkpoint, config: EngineConfig, method: SpeculativeMethod, draft: Path, batch: int, max_model_len: int
+    target: Checkpoint, config: EngineConfig, speculative: SpeculativeConfig, batch: int, max_model_len: int
 ) -> LLMEngine:
-    speculative = SpeculativeConfig()
-    if method is not SpeculativeMethod.OFF:
-        path = draft if method is SpeculativeMethod.LOCAL else None
-        speculative = SpeculativeConfig(method, NUM_DRAFT_TOKENS, path, always=True)
     scheduler = SchedulerConfig(
         max_num_seqs=batch, max_model_len=max_model_len, max_draft_tokens=batch * NUM_DRAFT_TOKENS
     )
     # Without prefix caching, or the second sampling would not have to prefill.
-    cache = replace(cache_for(batch, max_model_len + NUM_DRAFT_TOKENS), enable_prefix_caching=False)
+    cache = replace(cache_for(batch, max_model_len + speculative.num_draft_tokens), enable_prefix_caching=False)
     config = replace(config, scheduler=scheduler, cache=cache, speculative=speculative)
     engine = LLMEngine.from_checkpoint(target, config)
     while engine.prepare_next():  # as a service does when it is idle
