@@ -19,15 +19,15 @@ from typing import Annotated
 
 import typer
 
-from loadtest.chaos_clients import Clients, make_bodies, undisturbed
-from loadtest.chaos_faults import KILL, STOP, Faults
+from loadtest.chaos_clients import Broken, Clients, make_bodies, undisturbed
+from loadtest.chaos_faults import KILL, STOP, Fault, Faults
 from loadtest.cluster import CONTROLLER, Cluster, ServiceMetrics
 from loadtest.command import app_arguments, write_down
 from loadtest.memory import MemoryWatch, Trend
 
 APPLICATION = "chaos"
 EXCUSED_S = 20.0  # a connection may break so long after a fault of the ingress: it may have been stopped meanwhile
-UNEXCUSED = "no fault of an ingress"
+UNEXCUSED = "no fault of its ingress"
 SETTLE_S = 120.0  # for the last answers, and for the replicas that are on their way back
 SAMPLE_S = 2.0
 
@@ -99,10 +99,10 @@ def run(options: ChaosOptions, app: str, arguments: dict[str, str]) -> Summary:
         wrong=outcomes.wrong,
         hung=outcomes.hung,
         error_events=outcomes.error_events,
-        broken=dict(sorted(_causes(outcomes.broken_s, faults.log.at_s).items())),
+        broken=dict(sorted(causes(outcomes.broken, faults.done).items())),
         healed=outcomes.healed,
         unhealed=outcomes.unhealed,
-        faults=dict(sorted(faults.log.counts.items())),
+        faults=dict(sorted(faults.counts.items())),
         resumed=metrics.by("resumed_streams_total", "reason"),
         stale_frames=metrics.total("stale_frames_total"),
         recovery_p50_s=metrics.quantile("recovery_time_seconds", 0.5),
@@ -125,7 +125,7 @@ async def _disturb(
     striking.start()
     await _sample(options.duration_s, running, metrics.read)
     late_s = time.monotonic() + options.duration_s  # a busy machine may take twice as long over its faults
-    while _lacking(options, faults.log.counts) and time.monotonic() < late_s and not running.done():
+    while _lacking(options, faults.counts) and time.monotonic() < late_s and not running.done():
         await _sample(SAMPLE_S, running, metrics.read)
     faults.stop()
     await asyncio.to_thread(striking.join)
@@ -151,13 +151,20 @@ def _lacking(options: ChaosOptions, done: Mapping[str, int]) -> dict[str, int]:
     return {name: done.get(name, 0) for name in every if done.get(name, 0) < options.min_faults}
 
 
-def _causes(broken_s: Sequence[float], faults: Sequence[tuple[str, float]]) -> Counter[str]:
-    """Connections that broke, by the latest fault of an ingress before."""
-    causes: Counter[str] = Counter()
-    for at_s in broken_s:
-        near = [name for name, fault_s in faults if name.startswith("ingress") and 0 <= at_s - fault_s < EXCUSED_S]
-        causes[near[-1] if near else UNEXCUSED] += 1
-    return causes
+def causes(broken: Sequence[Broken], faults: Sequence[Fault]) -> Counter[str]:
+    """Connections that broke, by the latest fault before of the ingress at their other end; of any ingress where that
+    is not known."""
+    found: Counter[str] = Counter()
+    for each in broken:
+        near = [
+            fault.name
+            for fault in faults
+            if fault.kind == "ingress"
+            and 0 <= each.at_s - fault.at_s < EXCUSED_S
+            and (each.ingress is None or fault.actor.endswith(f"#{each.ingress}"))
+        ]
+        found[near[-1] if near else UNEXCUSED] += 1
+    return found
 
 
 def violations(summary: Summary, options: ChaosOptions) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from serve_app.http.middleware import REPLICA_HEADER
+
 HUNG_S = 60.0  # without a byte
 LAST_RETRIES = 5  # when no more faults come: before that, each retry may meet another
 RETRY_PAUSE_S = 2.0
@@ -26,6 +28,14 @@ class Answer:
     completion_tokens: int
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A connection that broke, or a 5xx. `at_s`: time.monotonic()."""
+
+    at_s: float
+    ingress: str | None  # the replica at its other end, if it has said so: not before the first token
+
+
 @dataclass
 class Outcomes:
     """What became of all requests of a run."""
@@ -34,14 +44,18 @@ class Outcomes:
     wrong: list[str] = field(default_factory=list)
     hung: int = 0
     error_events: list[str] = field(default_factory=list)
-    broken_s: list[float] = field(default_factory=list)  # time.monotonic() of each connection that broke, or of a 5xx
+    broken: list[Broken] = field(default_factory=list)
     healed: int = 0  # of those, requests that a retry answered
     unhealed: int = 0
     longest_pauses_s: list[float] = field(default_factory=list)  # of each completed stream
 
 
 class BrokenError(Exception):
-    """The connection, or what a proxy says when there is nobody behind it."""
+    """The connection, or what a proxy says when there is nobody behind it. ingress: see Broken."""
+
+    def __init__(self, message: str, ingress: str | None = None) -> None:
+        super().__init__(message)
+        self.ingress = ingress
 
 
 class FailedError(Exception):
@@ -82,12 +96,14 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tupl
     tokens: dict[int, list[str]] = {}
     reasons: dict[int, str] = {}
     usage = 0
+    ingress: str | None = None
     done = False
     last_s, longest_s = time.monotonic(), 0.0
     try:
         async with client.stream("POST", f"{url}/completions", json=body) as response:
+            ingress = response.headers.get(REPLICA_HEADER)
             if response.status_code >= 500:
-                raise BrokenError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
+                raise BrokenError(f"status {response.status_code}: {(await response.aread())[:200]!r}", ingress)
             if response.status_code != 200:
                 message = f"status {response.status_code}: {(await response.aread())[:200]!r}"
                 raise FailedError(message, response.status_code)
@@ -111,9 +127,9 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tupl
     except httpx.ReadTimeout:
         raise TimeoutError from None
     except httpx.TransportError as error:
-        raise BrokenError(repr(error)) from None
+        raise BrokenError(repr(error), ingress) from None
     if not done:
-        raise BrokenError("the stream ended without [DONE]")
+        raise BrokenError("the stream ended without [DONE]", ingress)
     order = sorted(texts)
     every_token = tuple(token for index in order for token in tokens[index])
     return Answer(tuple(texts[i] for i in order), every_token, tuple(reasons[i] for i in order), usage), longest_s
@@ -158,8 +174,8 @@ class Clients:
             except FailedError as error:
                 outcomes.error_events.append(str(error))
                 return
-            except BrokenError:
-                outcomes.broken_s.append(time.monotonic())
+            except BrokenError as error:
+                outcomes.broken.append(Broken(time.monotonic(), error.ingress))
                 was_broken = True
                 num_last_retries += self.stopping
                 await asyncio.sleep(RETRY_PAUSE_S)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from loadtest.cluster import Cluster
@@ -18,12 +18,18 @@ LOOK_S = 0.2
 KILL, STOP = "kill", "stop"
 
 
-@dataclass
-class FaultLog:
-    """What was done to whom."""
+@dataclass(frozen=True)
+class Fault:
+    """What was done to whom: the name of its actor ends with the id of its replica. `at_s`: time.monotonic()."""
 
-    counts: Counter[str] = field(default_factory=Counter)  # "engine kill": so many
-    at_s: list[tuple[str, float]] = field(default_factory=list)  # the same, with time.monotonic()
+    kind: str  # of process
+    action: str
+    actor: str
+    at_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.action}"
 
 
 class Faults:
@@ -32,7 +38,7 @@ class Faults:
 
     def __init__(self, cluster: Cluster, counts: dict[str, int], actions: Sequence[str], pause_s: float, seed: int):
         """counts: of each kind of process, how many there are."""
-        self.log = FaultLog()
+        self.done: list[Fault] = []
         self.cluster = cluster
         self._counts = counts
         self._actions = actions
@@ -54,6 +60,11 @@ class Faults:
     def stop(self) -> None:
         self._stop.set()
 
+    @property
+    def counts(self) -> Counter[str]:
+        """By name."""
+        return Counter(fault.name for fault in self.done)
+
     def wake_all(self) -> None:
         """No process stays stopped."""
         for waker in self._wakers:
@@ -66,15 +77,14 @@ class Faults:
         processes = self.cluster.processes(kind)
         if not processes:  # all hung since
             return
-        _, pid = self._draw.choice(sorted(processes.items()))
+        actor, pid = self._draw.choice(sorted(processes.items()))
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if action == KILL else signal.SIGSTOP)
             if action == STOP:
                 waker = threading.Timer(self._draw.uniform(*STOP_S), _continue, (pid,))
                 waker.start()
                 self._wakers.append(waker)
-            self.log.counts[f"{kind} {action}"] += 1
-            self.log.at_s.append((f"{kind} {action}", time.monotonic()))
+            self.done.append(Fault(kind, action, actor, time.monotonic()))
 
 
 def _continue(pid: int) -> None:

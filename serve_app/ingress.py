@@ -55,9 +55,9 @@ class Ingress:
         rule: PlacementRule | None,
     ) -> None:
         model = load()
-        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._metrics = IngressMetrics()
-        self._client = EngineClient(engine, replica_id, failover, self._metrics, rule, self._metrics)
+        self._client = EngineClient(engine, self._replica_id, failover, self._metrics, rule, self._metrics)
         self._admitter = BatchAdmitter(
             self._client,
             ReadinessCheck(engine, self._client),
@@ -78,6 +78,7 @@ class Ingress:
             defaults=self._defaults,
             system_fingerprint=lambda: self._client.fingerprint,
             sends_request_id=False,  # Serve's proxy gives each request its id, and answers with it
+            replica_id=self._replica_id,
             observer=self._metrics,
             time_limits=self._time_limits,
         )

@@ -29,6 +29,7 @@ def build_http_app(
     defaults: SamplingDefaults | Callable[[], SamplingDefaults] = NoDefaults,
     system_fingerprint: str | Callable[[], str | None] | None = None,
     sends_request_id: bool = True,
+    replica_id: str | None = None,
     observer: AnswerObserver | None = None,
     time_limits: TimeLimits = NO_LIMITS,
 ) -> Starlette:
@@ -36,8 +37,9 @@ def build_http_app(
     application before it has a model.
 
     `defaults` are the model's own generation settings, for fields that clients leave out. Responses carry
-    `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does. `observer`
-    hears how long answers take, `time_limits` are of each request.
+    `system_fingerprint`; None: a digest of version and model name. `sends_request_id` False: a proxy does. Where
+    there is a `replica_id`, responses carry it too. `observer` hears how long answers take, `time_limits` are of each
+    request.
     """
     service = Service(
         get_admitter=_getter(admitter),
@@ -57,7 +59,7 @@ def build_http_app(
             Route("/ready", status.ready),
             Route("/version", status.version),
         ],
-        middleware=[Middleware(RequestGuard, sends_id=sends_request_id)],
+        middleware=[Middleware(RequestGuard, sends_id=sends_request_id, replica_id=replica_id)],
         exception_handlers={
             HTTPException: handle_routing_error,
             SlipstreamError: handle_error,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.chaos import ChaosOptions, Summary, violations
-from loadtest.chaos_clients import make_bodies
+from loadtest.chaos import EXCUSED_S, UNEXCUSED, ChaosOptions, Summary, causes, violations
+from loadtest.chaos_clients import Broken, make_bodies
+from loadtest.chaos_faults import KILL, Fault
 from loadtest.memory import Trend
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_what_passes() -> None:
         ({"hung": 1}, "1 hung requests"),
         ({"unhealed": 1}, "1 that no retry healed"),
         ({"error_events": ["lost"]}, "such as lost"),
-        ({"broken": {"no fault of an ingress": 1}}, "1 broken connections"),
+        ({"broken": {"no fault of its ingress": 1}}, "1 broken connections"),
         ({"faults": {"engine kill": 2, "engine stop": 1}}, "only 1 of 2: engine stop"),
         ({"resumed": {"failed": 7.0}}, "only 7 streams"),
         ({"recovery_p99_s": 15.0}, "within 15 s"),
@@ -83,3 +84,19 @@ def test_requests_differ_and_are_the_same_each_time() -> None:
     assert bodies == make_bodies(10, 50, seed=3) != make_bodies(10, 50, seed=4)
     assert len({body["prompt"] for body in bodies}) == 10
     assert {body["temperature"] == 0 for body in bodies} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [
+        (Broken(101.0, "abc"), "ingress kill"),
+        (Broken(101.0, None), "ingress kill"),
+        (Broken(101.0, "other"), UNEXCUSED),
+        (Broken(99.0, "abc"), UNEXCUSED),
+        (Broken(100.0 + EXCUSED_S, None), UNEXCUSED),
+    ],
+)
+def test_what_excuses_a_broken_connection(broken: Broken, cause: str) -> None:
+    faults = [Fault("engine", KILL, "SERVE_REPLICA::chaos#engine#other", 100.0)]
+    faults.append(Fault("ingress", KILL, "SERVE_REPLICA::chaos#ingress#abc", 100.0))
+    assert causes([broken], faults) == {cause: 1}

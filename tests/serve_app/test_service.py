@@ -46,11 +46,13 @@ def test_chat_answers_with_sense(client: openai.OpenAI) -> None:
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
 
 
-def test_every_answer_has_one_request_id(service: Service) -> None:
+def test_every_answer_has_one_request_id_and_names_its_replica(service: Service) -> None:
     for headers in ({}, {"x-request-id": "my-own-id"}):
         answer = httpx.get(f"{service.url}/v1/models", headers=headers, timeout=60)
         (request_id,) = answer.headers.get_list("x-request-id")
         assert request_id == headers.get("x-request-id", request_id)
+        (replica,) = answer.headers.get_list("x-slipstream-replica")
+        assert replica
 
 
 def test_streamed_text_equals_unstreamed(client: openai.OpenAI) -> None:
