@@ -16,6 +16,7 @@ from engine.errors import EngineDeadError, EngineFullError, SlipstreamError
 from engine.stats import EngineStats
 from serve_app.draft_endpoints import DraftEndpoints
 from serve_app.draft_link import Resolve
+from serve_app.frame_pace import FramePace
 from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of, until_cancelled
 from serve_app.load_meter import EngineMeter
 from serve_app.messages import (
@@ -51,6 +52,7 @@ class Engine:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._groups: dict[str, GroupStream] = {}
         self._occupancy = Occupancy(lambda: self._engine.stats().num_requests_running)
+        self._pace = FramePace()
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
         self._outbox: Outbox | None = None
@@ -73,7 +75,7 @@ class Engine:
             yield self._refusal(f"the engine is {self._fingerprint}, not {message.fingerprint}", self._fingerprint)
             await until_cancelled()
         requests = requests_of(message)
-        group = GroupStream((request.request_id for request in requests), self._occupancy)
+        group = GroupStream((request.request_id for request in requests), self._occupancy, self._pace)
         self._groups[message.group_id] = group
         try:
             try:

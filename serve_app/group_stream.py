@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NoReturn
 
 from engine.request import FinishReason, Request, RequestOutput
+from serve_app.frame_pace import FramePace
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, TokenFrame, encode, to_wire
 from serve_app.output_buffer import OutputBuffer
 
@@ -58,15 +59,23 @@ class Occupancy:
 
 
 class GroupStream:
-    """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread."""
+    """Lives on the event loop alone; `Outbox` brings outputs over from the engine thread.
 
-    def __init__(self, request_ids: Iterable[str], occupancy: Occupancy) -> None:
+    The first and the last tokens of a request are sent at once, others when their time has come.
+    """
+
+    def __init__(self, request_ids: Iterable[str], occupancy: Occupancy, pace: FramePace) -> None:
         self.request_ids = list(request_ids)
         self._member_of = {request_id: member for member, request_id in enumerate(self.request_ids)}
         self._buffers = [OutputBuffer() for _ in self.request_ids]
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
         self._begun: set[int] = set()  # members that have had a token
+        self._flowing: set[int] = set()  # of those, members that have not ended
+        self._pace = pace
+        self._is_urgent = False
+        self._due_s = 0.0  # the next frame, by time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
         self._occupancy = occupancy
         occupancy.num_requests += len(self.request_ids)
         self._wake = asyncio.Event()
@@ -88,10 +97,21 @@ class GroupStream:
                 continue
             self._buffers[member].add(output)
             self._dirty[member] = None
-            if output.token_ids:
-                self._begun.add(member)
+            if output.token_ids and member not in self._begun:
+                self._begin(member)
             if output.finish_reason is not None:
                 self._end(member, is_abort=output.finish_reason is FinishReason.ABORT)
+        if self._is_due():
+            self._wake.set()
+        elif self._dirty and self._timer is None:
+            pause_s = self._due_s - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_due)
+
+    def _is_due(self) -> bool:
+        return self._is_urgent or time.monotonic() >= self._due_s
+
+    def _on_due(self) -> None:
+        self._timer = None
         self._wake.set()
 
     def abandon(self, reason: str) -> None:
@@ -105,9 +125,23 @@ class GroupStream:
         """Nobody reads any more: what is unfinished counts no longer, and what comes of it is dropped."""
         for member in list(self._unfinished):
             self._end(member, is_abort=True)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _begin(self, member: int) -> None:
+        self._begun.add(member)
+        self._pace.num_groups += not self._flowing
+        self._pace.num_requests += 1
+        self._flowing.add(member)
+        self._is_urgent = True
 
     def _end(self, member: int, *, is_abort: bool) -> None:
         self._unfinished.discard(member)
+        if member in self._flowing:
+            self._flowing.discard(member)
+            self._pace.num_groups -= not self._flowing
+            self._pace.num_requests -= 1
+        self._is_urgent = True
         self._occupancy.num_requests -= 1
         self._occupancy.num_finished += member in self._begun or not is_abort
 
@@ -145,7 +179,7 @@ class GroupStream:
                 raise asyncio.CancelledError
             # Without credit, outputs gather for a heartbeat's time. They must not wait for credit alone: calls no
             # longer reach a replica that Serve drains, and its streams go on.
-            if self._dirty and (self._has_credit() or self._heartbeat_due):
+            if self._dirty and ((self._has_credit() and self._is_due()) or self._heartbeat_due):
                 yield self._token_frame()
             elif self._heartbeat_due:
                 self._sequence += 1
@@ -159,6 +193,8 @@ class GroupStream:
             assert output is not None
             outputs.append(to_wire(member, output))
         self._dirty.clear()
+        self._is_urgent = False
+        self._due_s = time.monotonic() + self._pace.pause_s
         self._sequence += 1
         self._last_outputs = self._sequence
         if not self._unfinished:

@@ -6,6 +6,7 @@ import pytest
 
 from engine.request import FinishReason, RequestOutput, SamplingParams
 from serve_app import group_stream
+from serve_app.frame_pace import MAX_PAUSE_S, FramePace
 from serve_app.group_stream import GroupStream, Occupancy, Outbox, requests_of, until_cancelled
 from serve_app.messages import FRAME_WINDOW, Heartbeat, Submission, SubmittedPrompt, TokenFrame, decode_frame
 
@@ -40,7 +41,7 @@ class Reader:
 
 def run(test: Test, members: int = 2) -> None:
     async def main() -> None:
-        group = GroupStream([f"r{member}" for member in range(members)], Occupancy(lambda: 1))
+        group = GroupStream([f"r{member}" for member in range(members)], Occupancy(lambda: 1), FramePace(0.0, 0.0))
         reader = Reader(group)
         try:
             await test(group, reader)
@@ -190,6 +191,64 @@ def test_without_credit_tokens_still_flow_at_the_heartbeats_pace() -> None:
     run(test)
 
 
+def test_tokens_gather_until_a_frame_is_due() -> None:
+    """But for the first and the last of a request, which nobody is to wait for."""
+
+    async def main() -> None:
+        pace = FramePace(frame_s=0.05, chunk_s=0.0)
+        group = GroupStream(["r0", "r1"], Occupancy(lambda: 2), pace)
+        reader = Reader(group)
+        try:
+            for token in range(4):
+                group.add([output(0, token)])
+                await reader.settle()
+            assert len(reader.frames) == 1
+            group.add([output(1, 100)])
+            await reader.settle()
+            assert (reader.tokens(0), reader.tokens(1)) == ([0, 1, 2, 3], [100])
+            assert len(reader.frames) == 2
+            group.add([output(0, 4), output(1, 101)])
+            group.add([output(0, 5), output(1, 102)])
+            await reader.settle()
+            assert len(reader.frames) == 2
+            while len(reader.frames) == 2:  # its time comes, though nothing more does
+                await asyncio.sleep(0.001)
+            assert (reader.tokens(0), reader.tokens(1)) == ([0, 1, 2, 3, 4, 5], [100, 101, 102])
+            group.add([output(0, 6, FinishReason.STOP)])
+            await reader.settle()
+            assert reader.tokens(0)[-1] == 6
+        finally:
+            reader.task.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_more_is_under_way_the_rarer_are_frames() -> None:
+    pace, occupancy = FramePace(frame_s=1.0, chunk_s=0.5), Occupancy(lambda: 0)
+    groups = [GroupStream([f"r{member}" for member in range(3)], occupancy, pace) for _ in range(2)]
+    assert (pace.num_groups, pace.num_requests) == (0, 0)
+    groups[0].add([output(0, 1), output(1, 2)])
+    groups[1].add([output(0, 1)])
+    assert (pace.num_groups, pace.num_requests) == (2, 3)
+    groups[1].add([output(0, 2, FinishReason.STOP)])
+    assert (pace.num_groups, pace.num_requests) == (1, 2)
+    groups[0].leave()
+    assert (pace.num_groups, pace.num_requests) == (0, 0)
+
+
+def test_pauses() -> None:
+    pace = FramePace(frame_s=0.002, chunk_s=0.001)
+    for groups, requests, pause_s in (
+        (0, 0, 0.0),
+        (1, 1, 0.002),
+        (1, 64, 0.064),
+        (50, 50, 0.1),
+        (500, 500, MAX_PAUSE_S),
+    ):
+        pace.num_groups, pace.num_requests = groups, requests
+        assert pace.pause_s == pytest.approx(pause_s)
+
+
 def test_heartbeats_only_while_silent() -> None:
     async def test(group: GroupStream, reader: Reader) -> None:
         group.tick()
@@ -262,12 +321,14 @@ def test_outbox_outlives_its_loop() -> None:
     loop = asyncio.new_event_loop()
     outbox = Outbox(loop)
     loop.close()
-    outbox.post(GroupStream(["r0"], Occupancy(lambda: 0)), [output(0, 1)])  # the engine's thread must not die of it
+    outbox.post(
+        GroupStream(["r0"], Occupancy(lambda: 0), FramePace()), [output(0, 1)]
+    )  # the engine's thread must not die of it
 
 
 def test_what_a_replica_has_is_what_its_groups_have() -> None:
     occupancy = Occupancy(lambda: 1)
-    group, other = GroupStream(["r0", "r1", "r2"], occupancy), GroupStream(["r0"], occupancy)
+    group, other = GroupStream(["r0", "r1", "r2"], occupancy, FramePace()), GroupStream(["r0"], occupancy, FramePace())
     assert (occupancy.num_requests, occupancy.num_waiting) == (4, 3)
     group.add([output(1, 10, FinishReason.STOP), output(0, 10)])
     group.add([output(1, 11)])
