@@ -1,8 +1,8 @@
 """How often the groups of a replica get frames: as often as what a frame costs allows."""
 
-# Of the replica's event loop, whose processor time is the engine thread's as well (one interpreter lock): a frame takes
-# 0.1 ms through Serve, so that 2,000 a second are a fifth of it. Of what comes behind, from the ingress to the client:
-# DESIGN's 25,000 chunks a second through HTTP on 16 cores, of which 10,000 leave the engine its share.
+# Of the replica's event loop, which shares the interpreter's lock with the engine thread: a frame takes 0.1 ms through
+# Serve, so 2,000 a second are a fifth of a core. And of what comes behind, where each request's part of a frame is a
+# chunk: 16 cores passed some 25,000 a second on to clients, and 10,000 leave the engine its share.
 FRAME_S = 0.5e-3
 CHUNK_S = 0.1e-3
 MAX_PAUSE_S = 0.2  # before a reader would notice, or take it for silence
@@ -11,8 +11,8 @@ MAX_PAUSE_S = 0.2  # before a reader would notice, or take it for silence
 class FramePace:
     """Of one replica, whose groups count in it while they have tokens under way.
 
-    Few streams get each token in a chunk of its own. With many, tokens gather meanwhile, and more of them are served for
-    the same work (vLLM's `stream_interval` has one number for the same purpose).
+    Few streams get each token in a chunk of its own. With many, tokens gather meanwhile, so that more of them are served
+    for the same work (vLLM has one number for the same purpose, `stream_interval`).
     """
 
     def __init__(self, frame_s: float = FRAME_S, chunk_s: float = CHUNK_S) -> None:
