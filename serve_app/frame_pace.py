@@ -11,8 +11,8 @@ MAX_PAUSE_S = 0.2  # before a reader would notice, or take it for silence
 class FramePace:
     """Of one replica, whose groups count in it while they have tokens under way.
 
-    Few streams get each token in a chunk of its own. With many, tokens gather meanwhile, so that more of them are served
-    for the same work (vLLM has one number for the same purpose, `stream_interval`).
+    Few streams get each token in a chunk of its own. With many, tokens gather meanwhile, so that more of them are
+    served for the same work (vLLM has one number for the same purpose, `stream_interval`).
     """
 
     def __init__(self, frame_s: float = FRAME_S, chunk_s: float = CHUNK_S) -> None:
