@@ -1,6 +1,7 @@
 """The engine replica: one process, one engine; a thread that steps and an event loop that talks."""
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -33,6 +34,7 @@ from serve_app.metrics import REPORT_S, EngineMetrics
 if TYPE_CHECKING:  # `load` imports it, torch and all, and says how long that takes
     from engine.llm_engine import LLMEngine
 
+GIL_SWITCH_S = 0.0005  # a step of a small model takes 1 ms: Python's 5 ms are too long to wait for the event loop
 STOP_TIMEOUT_S = 10.0  # for the step under way
 
 
@@ -53,6 +55,7 @@ class Engine:
         self._groups: dict[str, GroupStream] = {}
         self._occupancy = Occupancy(lambda: self._engine.stats().num_requests_running)
         self._pace = FramePace()
+        sys.setswitchinterval(GIL_SWITCH_S)
         self._metrics = EngineMetrics()
         self._meter = EngineMeter()
         self._outbox: Outbox | None = None
