@@ -1,4 +1,4 @@
-"""What one request may ask of the service. Documented for clients: raise a limit here and nowhere else."""
+"""What one request may ask of the service, documented for clients. The engine has bounds of its own: engine.request."""
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 64 * 2**10  # request target and all header fields together
