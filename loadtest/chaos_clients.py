@@ -10,8 +10,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.http.middleware import REPLICA_HEADER
-
+REPLICA_HEADER = "x-slipstream-replica"  # of the ingress that answers
 HUNG_S = 60.0  # without a byte
 LAST_RETRIES = 5  # when no more faults come: before that, each retry may meet another
 RETRY_PAUSE_S = 2.0
