@@ -1,6 +1,7 @@
 """What tests share: the default model's file, one Ray cluster, and the service on it. Each is made when first used."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ import torch
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter where there is no GPU; that is decided when they are first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the tests in the background has them ignore interrupts, and so every server that they start and
+# interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SERVICE_ARGUMENTS = {
     "device": "cpu",

@@ -170,7 +170,7 @@ def test_a_draft_model_takes_from_the_cache_of_its_target() -> None:
         (5 * GIB, {"limits": replace(LIMITS, token_budget=10**5)}, r"^the workspace of a step .* lower token_budget"),
         (5 * GIB, {"cache": CacheConfig(memory_bytes=9 * GIB)}, r"^the KV cache does not fit: .* kv_cache_memory_gb"),
         (
-            int(2.4 * GIB),
+            int(2.3 * GIB),
             {"limits": replace(LIMITS, max_num_seqs=8)},
             r"^the KV cache holds 0 tokens .*: lower max_model_len, set kv_cache_dtype=int8",
         ),
