@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from benchmarks.hardware import hardware_name
 from benchmarks.service import app_config, serve_it
 from benchmarks.service_clients import HOST, Clients, Traffic
-from benchmarks.shapes import SHAPES, RandomCheckpoint
+from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
 from benchmarks.start import cache_state, num_compiled
 from engine.config import Device
 from engine.loader.converted_directory import config_fields
@@ -111,7 +111,7 @@ def run_part(part: str, directory: Path) -> dict[str, float]:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"random weights: {', '.join(SHAPES)}")] = "tinyllama-1.1b",
+    shape: ShapeName = "tinyllama-1.1b",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     argument: Annotated[list[str] | None, typer.Option(help="of the application, such as quantization=int8")] = None,
     repeats: Annotated[int, typer.Option(help="starts of each kind")] = 2,

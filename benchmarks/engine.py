@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.engine_runs import Measurement, Throughput, measure, measure_throughput
 from benchmarks.hardware import hardware_name
-from benchmarks.shapes import SHAPES, RandomCheckpoint
+from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
 from benchmarks.start import cache_state, num_compiled, shown_start_up
 from engine.config import CacheConfig, Device, DType, EngineConfig, KVCacheDType, Quantization, SchedulerConfig
 from engine.llm_engine import LLMEngine
@@ -184,7 +184,7 @@ def write_report(results: Path, report: dict[str, Any]) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="catalogue name, hub id, directory or GGUF file")] = "smollm2-135m",
-    shape: Annotated[str, typer.Option(help=f"in its place, random weights: {', '.join(SHAPES)}")] = "",
+    shape: ShapeName = "",
     batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8,32",
     requests: Annotated[
         int, typer.Option(help="submit so many at once instead, of which the one size in --batch may run together")
@@ -224,7 +224,7 @@ def main(
         batches = run_batches(subject, sizes, input, output, sampling, repeats)
         rows = [batch_row(subject, runs, known_bandwidth(hardware)) for runs in batches]
         table = batch_table(title, rows)
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 120).print(table)  # in 80 columns, numbers are cut
     report = {"hardware": hardware, "model": name} | subject.fields() | {"temperature": temperature, "top_p": top_p}
     write_report(results, report | {"requests" if requests else "measurements": rows})
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.hardware import hardware_name
 from benchmarks.memory_engine import Order
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import ShapeName
 from engine.config import Device, KVCacheDType, Quantization
 from engine.loader.fetch import resolve_model
 from engine.loader.progress import progress_on
@@ -58,7 +58,7 @@ def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def main(
     model: Annotated[str, typer.Option(help="catalogue name, hub id, directory or GGUF file")] = "smollm2-135m",
-    shape: Annotated[str, typer.Option(help=f"in its place, random weights: {', '.join(SHAPES)}")] = "",
+    shape: ShapeName = "",
     device: Device = Device.CPU,
     quantization: Annotated[str, typer.Option(help="separated by commas")] = "none,int8,w8a8",
     kv_cache_dtype: Annotated[str, typer.Option(help="separated by commas")] = "auto,int8",

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.engine_runs import measure_throughput
 from benchmarks.hardware import hardware_name
 from benchmarks.service_clients import HOST, Clients, Outcome, Traffic
-from benchmarks.shapes import SHAPES, RandomCheckpoint
+from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
 from engine.config import Device
 from engine.request import SamplingParams
 from serve_app.app import bind, load_served_model, num_cpu_threads
@@ -130,7 +130,7 @@ def run_part(part: str) -> Any:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"random weights: {', '.join(SHAPES)}")] = "tinyllama-1.1b",
+    shape: ShapeName = "tinyllama-1.1b",
     streams: Annotated[int, typer.Option(help="requests at once, for the ratio")] = 64,
     saturating_streams: Annotated[int, typer.Option(help="requests at once that are taken for its capacity")] = 256,
     load: Annotated[float, typer.Option(help="arrivals, as a share of that capacity")] = 0.7,

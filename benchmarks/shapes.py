@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from engine.config import ModelConfig
 from engine.loader.checkpoint import TensorInfo
@@ -40,6 +42,18 @@ SHAPES = {
     "draft-4x512": _llama(32_000, 512, 1408, 4, 8, 2, True, 2048),
     "draft-135m": _llama(32_000, 576, 1536, 30, 9, 3, True, 8192),
 }
+
+
+def _check(name: str) -> str:
+    if name and name not in SHAPES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SHAPES)}")
+    return name
+
+
+# For command lines. Where there is another source of weights, "" is none of these.
+ShapeName = Annotated[
+    str, typer.Option(help=f"random weights in this shape, in place of a model's: {', '.join(SHAPES)}", callback=_check)
+]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.engine_runs import make_requests
 from benchmarks.hardware import hardware_name
-from benchmarks.shapes import SHAPES, RandomCheckpoint
+from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
 from benchmarks.synthetic_drafts import Script, scripted
 from engine.config import (
     DEFAULT_DRAFT_TOKENS,
@@ -272,8 +272,8 @@ def table_of(title: str, rows: list[Row]) -> Table:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"random weights: {', '.join(SHAPES)}")] = "tinyllama-1.1b",
-    draft_shape: Annotated[str, typer.Option(help="of the same vocabulary")] = "draft-4x512",
+    shape: ShapeName = "tinyllama-1.1b",
+    draft_shape: ShapeName = "draft-4x512",
     methods: Annotated[str, typer.Option(help="local, remote, or both, separated by a comma")] = "local",
     batch: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8,64",
     acceptance: Annotated[str, typer.Option(help="odds of a right draft, separated by commas")] = "0.8,0.6",

@@ -9,6 +9,7 @@ import orjson
 from loadtest.arrivals import CLOSED, OPEN_LOOPS
 from loadtest.slo import Assertion, Objectives, parse_assertions, parse_objectives
 from loadtest.streaming_client import CHAT, COMPLETIONS
+from loadtest.summary import NAMES
 from loadtest.workloads import WORKLOAD_NAMES, LengthLimits
 
 if TYPE_CHECKING:  # importing Locust patches the standard library for gevent, which only its own process wants
@@ -114,6 +115,9 @@ def read_options(options: argparse.Namespace) -> Settings:
     for name in ("think_time_s", "warm_up_s", "drain_s", "max_error_share"):
         if not getattr(settings, name) >= 0:
             raise ValueError(f"{name} must not be negative")
+    for assertion in settings.assertions:  # now, and not after the run
+        if assertion.name not in NAMES:
+            raise ValueError(f"--assert: nothing measured is called {assertion.name!r}; there are {', '.join(NAMES)}")
     if any(limit is not None and limit < 0 for limit in asdict(settings.limits).values()):
         raise ValueError("numbers of tokens must not be negative")
     return settings

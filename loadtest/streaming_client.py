@@ -32,7 +32,7 @@ class StreamingClient:
     def __init__(self, base_url: str, api_key: str, timeout_s: float, max_connections: int, insecure: bool) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"not an http(s) URL: {base_url!r}")
+            raise ValueError(f"--host must be an http(s) URL, such as http://127.0.0.1:8000, not {base_url!r}")
         path = parts.path.rstrip("/")
         self._path = path if path.endswith("/v1") else f"{path}/v1"
         self._headers = {"Content-Type": "application/json"}

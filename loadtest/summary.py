@@ -15,6 +15,11 @@ from loadtest.slo import Objectives
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft_s", "itl_s", "tpot_s", "e2e_latency_s", "queue_time_s", "send_delay_s")
 RATES = ("requests_per_s", "output_tokens_per_s", "goodput")
+NAMES = (  # all that a summary may have
+    *(f"{latency}.{statistic}" for latency in LATENCIES for statistic in ("mean", *(f"p{p}" for p in PERCENTILES))),
+    *RATES,
+    *("concurrency.mean", "error_share", "prompt_tokens.mean", "output_tokens.mean"),
+)
 Samples = dict[str, NDArray[np.float64]]
 
 

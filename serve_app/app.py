@@ -114,7 +114,9 @@ def check_model(config: AppConfig) -> None:
     checkpoint = open_checkpoint(path)
     draft_path = None
     if config.draft_model is not None:
-        draft_path = resolve_model(config.draft_model, cache_dir=cache_dir(), progress=progress_on(sys.stderr))
+        draft_path = resolve_model(
+            config.draft_model, cache_dir=cache_dir(), progress=progress_on(sys.stderr), argument="draft_model"
+        )
     config.engine_config(checkpoint.config, draft_path if config.speculative == "local" else None)
     check_tensors(checkpoint)
     tokenizer = load_tokenizer(path)

@@ -372,6 +372,8 @@ def parse_config(args: Mapping[str, Any]) -> AppConfig:
         if name not in AppConfig.model_fields:
             close = difflib.get_close_matches(str(name), accepted, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ";"
+            if name in ("host", "port"):
+                hint = f"; a Serve config file has it, as http_options.{name};"
             raise ConfigError(f"unknown argument '{name}'{hint} accepted: {', '.join(accepted)}")
     try:
         return AppConfig(**args)

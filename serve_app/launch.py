@@ -13,7 +13,7 @@ from ray.serve.config import HTTPOptions
 
 from engine.errors import ConfigError
 from serve_app import serve_modes
-from serve_app.ports import can_bind
+from serve_app.ports import can_bind, listener
 
 logger = logging.getLogger("ray.serve")
 
@@ -122,9 +122,10 @@ def check_http_port() -> None:
     """
     options = _http_options()
     if not can_bind(options.host, options.port):
+        who = listener(options.port)
         raise ConfigError(
-            f"port {options.port} on {options.host} is in use: stop what listens there, "
-            "or set http_options.port in a Serve config file"
+            f"port {options.port} on {options.host} is in use: stop what listens there"
+            f"{f' ({who})' if who else ''}, or set http_options.port in a Serve config file"
         )
 
 

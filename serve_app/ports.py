@@ -3,6 +3,8 @@
 import errno
 import socket
 
+import psutil
+
 
 def can_bind(host: str, port: int) -> bool:
     """Whether nobody else listens there.
@@ -19,6 +21,17 @@ def can_bind(host: str, port: int) -> bool:
                 raise
             return False
     return True
+
+
+def listener(port: int) -> str | None:
+    """Who listens on that TCP port, for a message: "NAME, process ID". None if that is not for this user to know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port and connection.pid is not None:
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
+    except psutil.Error:  # on macOS, only the superuser may ask; or it has just ended
+        pass
+    return None
 
 
 def free_port(host: str) -> int:

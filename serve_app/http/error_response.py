@@ -94,11 +94,13 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 async def handle_routing_error(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405, in OpenAI's shape and naming what was asked for."""
+    """Starlette's own 404 and 405, in OpenAI's shape and naming what was asked for, and what there is: whoever has left
+    out the /v1 sees it."""
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {request.url.path}"
+    paths = [route.path for route in request.app.routes if "{" not in route.path]
     codes = {
-        404: ("unknown_url", f"unknown path: {asked}"),
+        404: ("unknown_url", f"unknown path: {asked}; there are {', '.join(paths)}"),
         405: ("method_not_allowed", f"wrong method: {asked}"),
     }
     code, message = codes.get(error.status_code, (None, error.detail))

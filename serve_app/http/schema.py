@@ -80,7 +80,7 @@ def parse(model: type[M], payload: Any) -> M:
     elif first["type"] == "model_type":
         text = "must be a JSON object"
     else:
-        text = first["msg"].replace("Input should", "must")
+        text = re.sub("^(Input|List) should", "must", first["msg"]).replace(" after validation", "")
     param = path.removeprefix(".")
     raise InvalidRequest(f"{param or 'the body'} {text}", param or None, code=code)
 

@@ -50,6 +50,21 @@ def test_requests_want_one_size(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shape_that_is_not_known_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(application, ["--shape", "tinny", "--results", str(tmp_path)])
+    assert outcome.exit_code == 2
+    assert "'tinny' is not one of tinyllama-1.1b" in outcome.output
+
+
+def test_numbers_are_not_cut_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    outcome = CliRunner().invoke(
+        application, ["--shape", "tiny", "--batch", "1", "--output", "4", "--repeats", "1", "--results", str(tmp_path)]
+    )
+    assert outcome.exit_code == 0
+    assert "…" not in outcome.output
+
+
 def test_what_is_said_of_tritons_cache() -> None:
     assert cache_state(0, 40) == "cold Triton cache, 40 kernels compiled"
     assert cache_state(40, 50) == "partly warm Triton cache, 10 kernels compiled"

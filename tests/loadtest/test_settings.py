@@ -35,6 +35,7 @@ def test_defaults_and_some_values() -> None:
     [
         (("--slo", "ttft=1"), "no objective 'ttft'"),
         (("--assert", "goodput"), "not an assertion"),
+        (("--assert", "ttft<1"), r"nothing measured is called 'ttft'; there are ttft_s\.mean, "),
         (("--extra-body", "[1]"), "not a JSON object"),
         (("--extra-body", "{"), "not JSON"),
         (("--rate", "0"), "rate must be more than 0"),

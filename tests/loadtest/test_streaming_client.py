@@ -108,6 +108,8 @@ def test_errors_by_kind(server: ScriptedServer) -> None:
     assert [record.error for record in records] == ["timeout"]
     with pytest.raises(ServerError, match="ConnectionRefused"):
         StreamingClient("http://127.0.0.1:9", "", 5, 1, insecure=False).first_model()
+    with pytest.raises(ValueError, match=r"^--host must be an http"):
+        StreamingClient("127.0.0.1:9", "", 5, 1, insecure=False)
 
 
 def test_a_request_that_outlasts_the_run_is_unfinished(server: ScriptedServer) -> None:

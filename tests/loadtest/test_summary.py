@@ -8,7 +8,7 @@ import pytest
 from loadtest.estimates import Estimate, ratio, student_t
 from loadtest.request_record import UNFINISHED, RequestRecord
 from loadtest.slo import parse_assertions, parse_objectives
-from loadtest.summary import Summary, summarise
+from loadtest.summary import NAMES, Summary, summarise
 
 
 def answer(sent_s: float, ttft_s: float = 1.0, gap_s: float = 0.5, chunks: int = 3, **changes: object) -> RequestRecord:
@@ -35,6 +35,11 @@ def test_latencies_are_of_what_was_sent_in_the_time() -> None:
     assert values["itl_s.p50"] == 0.5
     assert values["tpot_s.mean"] == 0.5
     assert values["e2e_latency_s.mean"] == 2.5
+
+
+def test_names_are_those_that_may_be_asserted() -> None:
+    values = of([answer(101.0, queue_time_s=0.1, due_s=100.9)]).plain()
+    assert set(values) == set(NAMES)
 
 
 def test_rates_are_of_what_happened_in_the_time() -> None:

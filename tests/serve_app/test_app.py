@@ -1,4 +1,5 @@
 import logging
+import os
 import socket
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_missing_tensor_is_named_before_a_replica_starts(tmp_path: Path) -> None
 def test_model_that_is_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         check_model(parse_config({"model": str(tmp_path / "missing.gguf"), "device": "cpu"}))
+    served = {"model": str(write_tiny_model(tmp_path)), "device": "cpu", "speculative": "remote"}
+    with pytest.raises(ModelError, match=r"^draft_model=nope is not known"):
+        check_model(parse_config({**served, "draft_model": "nope"}))
 
 
 def speculating(tmp_path: Path, **draft: Any) -> dict[str, Any]:
@@ -200,6 +204,6 @@ def test_busy_port(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         monkeypatch.setattr("serve_app.launch.HTTPOptions", lambda: type("O", (), {"host": "127.0.0.1", "port": port}))
         taken.listen()
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+        with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1 is in use: .* process {os.getpid()}\)"):
             check_http_port()
     check_http_port()  # free again, although the connection may linger

@@ -133,6 +133,12 @@ def test_unknown_name_lists_what_is_accepted() -> None:
     assert "\n" not in message
 
 
+def test_port_is_no_argument_and_the_message_says_where_it_is_set() -> None:
+    message = r"^unknown argument 'port'; a Serve config file has it, as http_options\.port; accepted: "
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"port": "9000"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [

@@ -133,3 +133,13 @@ def test_mistakes_are_one_line(
         assert printed.err.count("\n") == 1
         assert printed.out == ""
     assert not (tmp_path / "new").exists()
+
+
+def test_help_fills_the_lines_of_a_docstrings_paragraphs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "eval", "perplexity", "--help") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    first = lines.index("A window slides over the text. Each token but the first is scored once, from")
+    assert lines[first + 1] == "the tokens before it in its window: at least context - stride of them once the"
