@@ -212,6 +212,10 @@ def main(
 ) -> None:
     """Disturb the service for a while, and compare every answer with the undisturbed one."""
     given = app_arguments(arguments)
+    if 0 < calm <= ChaosOptions.warm_up_s:
+        raise typer.BadParameter(
+            f"--calm: memory settles in its first {ChaosOptions.warm_up_s:g} s; give more, or none"
+        )
     options = ChaosOptions(
         duration_s=duration,
         streams=streams,

@@ -1,6 +1,8 @@
 """`slipstream plan`, `slipstream convert`, `slipstream compile` and `slipstream eval`."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -25,6 +27,21 @@ evaluate = typer.Typer(
 )
 evaluate.command()(perplexity)
 app.add_typer(evaluate, name="eval")
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(version("slipstream-llm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nothing that all commands have in common."""
 
 
 @evaluate.callback()

@@ -51,6 +51,7 @@ def compile_kernels(
         from engine.precompile.precompile import precompile
     except ModuleNotFoundError as error:
         raise ConfigError(f"compiling kernels takes {error.name}, which is not installed here") from None
+    gpu = gpu.lower()
     target = known_gpu(gpu)
     shape = config_of(resolve_model(model, cache_dir=cache_dir(), progress=progress_on()))
     arguments = {

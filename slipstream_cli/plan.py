@@ -63,7 +63,7 @@ def plan(
     One row for each number format and context length, each of an engine with that max_model_len, planned by the code
     that plans when an engine starts. The speed is no prediction: it is what one stream could reach at most.
     """
-    card = card_of(gpu)
+    card = card_of(None if gpu is None else gpu.lower())
     shape = model_shape(model)
     draft = None if draft_model is None else model_shape(draft_model)
     settings = {

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
-from loadtest.chaos import EXCUSED_S, UNEXCUSED, ChaosOptions, Summary, causes, violations
+from loadtest.chaos import EXCUSED_S, UNEXCUSED, ChaosOptions, Summary, causes, main, violations
 from loadtest.chaos_clients import Broken, make_bodies
 from loadtest.chaos_faults import KILL, Fault
 from loadtest.memory import Trend
@@ -100,3 +101,8 @@ def test_what_excuses_a_broken_connection(broken: Broken, cause: str) -> None:
     faults = [Fault("engine", KILL, "SERVE_REPLICA::chaos#engine#other", 100.0)]
     faults.append(Fault("ingress", KILL, "SERVE_REPLICA::chaos#ingress#abc", 100.0))
     assert causes([broken], faults) == {cause: 1}
+
+
+def test_a_calm_in_which_memory_could_not_settle_is_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="first 120 s"):
+        main(calm=5.0)

@@ -34,7 +34,7 @@ def test_a_model_of_the_catalogue_needs_no_download(
         raise AssertionError("nothing is to be fetched")
 
     monkeypatch.setattr(cli_model, "resolve_model", refuse)
-    assert run(monkeypatch, "plan", "tinyllama-1.1b", "--gpu", "h100") == 0
+    assert run(monkeypatch, "plan", "tinyllama-1.1b", "--gpu", "H100") == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if "/auto" in line or "/int8" in line]
     assert [line[:2] for line in lines] == [
