@@ -13,6 +13,8 @@ from engine.request import Request, SamplingParams
 from engine.tokenizer import Tokenizer, load_tokenizer
 
 MAX_TOKENS = 64
+NUM_THREADS = 1  # of transformers too, from the first engine on: beside other tests, more would wait for each other
+pytestmark = pytest.mark.xdist_group("default_model")  # its weights are read once
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -62,7 +64,7 @@ def test_greedy_continuations_equal_transformers(
         dtype=DType.FLOAT32,
         cache=CacheConfig(num_blocks=400),
         scheduler=SchedulerConfig(max_model_len=512),
-        num_threads=2,
+        num_threads=NUM_THREADS,
     )
     engine = LLMEngine.from_path(default_model_path, config)
     chats = [tokenizer.render_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
@@ -85,7 +87,7 @@ def test_logprobs_of_running_english(default_model_path: Path, tokenizer: Tokeni
         dtype=DType.FLOAT32,
         cache=CacheConfig(num_blocks=40),
         scheduler=SchedulerConfig(max_model_len=256),
-        num_threads=2,
+        num_threads=NUM_THREADS,
     )
     engine = LLMEngine.from_path(default_model_path, config)
     expected = torch.log_softmax(reference(torch.tensor([ids])).logits[0], dim=-1)

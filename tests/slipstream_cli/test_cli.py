@@ -54,7 +54,7 @@ def continuation(path: Path, quantization: Quantization = Quantization.NONE) -> 
         quantization=quantization,
         cache=CacheConfig(num_blocks=10),
         scheduler=SchedulerConfig(max_model_len=140),
-        num_threads=2,
+        num_threads=1,
     )
     prompt = load_tokenizer(path).encode(PROSE)[:100]
     sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
