@@ -2,43 +2,24 @@
 
 import http.client
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.serve_app.network_namespace import Namespace, may_make_namespaces, namespace
+from tests.serve_app.network_namespace import Namespace
+from tests.serve_app.served import LIMIT_S, MARKS, serving
 
-ROOT = Path(__file__).parents[2]
-SERVE = Path(sys.executable).with_name("serve")
-LIMIT_S = 200.0  # for anything here, on a busy machine
 NUM_STREAMS = 6
-pytestmark = [
-    pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
-    pytest.mark.timeout(600),
-    pytest.mark.xdist_group("cluster"),  # not beside the other one
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
 def service(default_model_path: Path, tmp_path: Path) -> Iterator[Namespace]:  # noqa: ARG001
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [str(SERVE), "run", "serve_app:app", "device=cpu", "max_num_seqs=8", "ingress_min_replicas=1"]
-    command += ["ingress_max_replicas=2", "ingress_target_queue_depth=2"]
-    with namespace(command, tmp_path / "output", environment, ROOT) as service:
-        wait_until(lambda: service.has_ended or bool(service.inside(lambda: replica_of("/ready"))), service)
+    arguments = ["max_num_seqs=8", "ingress_min_replicas=1", "ingress_max_replicas=2", "ingress_target_queue_depth=2"]
+    with serving(tmp_path / "output", lambda: bool(replica_of("/ready")), *arguments) as service:
         yield service
-
-
-def wait_until(condition: Callable[[], bool], service: Namespace) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, service.output()
-        time.sleep(0.2)
-    assert not service.has_ended, service.output()
 
 
 def replica_of(path: str) -> str:

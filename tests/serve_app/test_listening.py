@@ -2,14 +2,13 @@
 
 import http.client
 import json
-import os
 import re
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,22 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.serve_app.network_namespace import ADDRESS, Namespace, may_make_namespaces, namespace
+from tests.serve_app.network_namespace import ADDRESS, Namespace
+from tests.serve_app.served import LIMIT_S, MARKS, serving, wait_until
 
-ROOT = Path(__file__).parents[2]
-SERVE = Path(sys.executable).with_name("serve")
 _LIST = """
 import json, psutil
 listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
 print(json.dumps([(c.pid, c.laddr.ip, c.laddr.port) for c in listening]))
 """
-LIMIT_S = 200.0  # for anything here, on a busy machine
 MAX_QUEUED = 4
-pytestmark = [
-    pytest.mark.skipif(not may_make_namespaces(), reason="needs root, for a network of its own"),
-    pytest.mark.timeout(600),
-    pytest.mark.xdist_group("cluster"),  # not beside the other one
-]
+pytestmark = MARKS
 
 # What listens beyond this machine, and docs/operations.md tells of: gRPC of Ray, which wants its token, ...
 GRPC = {
@@ -52,21 +45,10 @@ HTTP = {"ray::RuntimeEnvAgent", "ray::DashboardAgent", "dashboard.py", "monitor.
 
 @pytest.fixture(scope="module")
 def service(default_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:  # noqa: ARG001
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     output = tmp_path_factory.mktemp("listening") / "output"
-    command = [str(SERVE), "run", "serve_app:app", "device=cpu", "max_num_seqs=1"]
-    command.append(f"max_queued_requests={MAX_QUEUED}")
-    with namespace(command, output, environment, ROOT) as service:
-        wait_until(lambda: service.has_ended or service.inside(lambda: get("/ready")) == 200, service)
+    arguments = ["max_num_seqs=1", f"max_queued_requests={MAX_QUEUED}"]
+    with serving(output, lambda: get("/ready") == 200, *arguments) as service:
         yield service
-
-
-def wait_until(condition: Callable[[], bool], service: Namespace) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, service.output()
-        time.sleep(0.1)
-    assert not service.has_ended, service.output()
 
 
 def get(path: str, headers: dict[str, str] | None = None) -> int:
