@@ -71,7 +71,6 @@ class GroupStream:
         self._dirty: dict[int, None] = {}  # members with outputs, in the order in which they came
         self._unfinished = set(range(len(self.request_ids)))
         self._begun: set[int] = set()  # members that have had a token
-        self._flowing: set[int] = set()  # of those, members that have not ended
         self._pace = pace
         self._is_urgent = False
         self._due_s = 0.0  # the next frame, by time.monotonic()
@@ -107,6 +106,9 @@ class GroupStream:
             pause_s = self._due_s - time.monotonic()
             self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_due)
 
+    def _has_tokens_under_way(self) -> bool:
+        return not self._begun.isdisjoint(self._unfinished)
+
     def _is_due(self) -> bool:
         return self._is_urgent or time.monotonic() >= self._due_s
 
@@ -129,17 +131,15 @@ class GroupStream:
             self._timer.cancel()
 
     def _begin(self, member: int) -> None:
-        self._begun.add(member)
-        self._pace.num_groups += not self._flowing
+        self._pace.num_groups += not self._has_tokens_under_way()
         self._pace.num_requests += 1
-        self._flowing.add(member)
+        self._begun.add(member)
         self._is_urgent = True
 
     def _end(self, member: int, *, is_abort: bool) -> None:
         self._unfinished.discard(member)
-        if member in self._flowing:
-            self._flowing.discard(member)
-            self._pace.num_groups -= not self._flowing
+        if member in self._begun:
+            self._pace.num_groups -= not self._has_tokens_under_way()
             self._pace.num_requests -= 1
         self._is_urgent = True
         self._occupancy.num_requests -= 1
