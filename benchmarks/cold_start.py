@@ -6,9 +6,6 @@ written; what Triton's cache holds is written down.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +19,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from benchmarks.hardware import hardware_name
+from benchmarks.parts import SERVICE, run_part
 from benchmarks.service import app_config, serve_it
 from benchmarks.service_clients import HOST, Clients, Traffic
 from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
@@ -29,11 +27,10 @@ from benchmarks.start import cache_state, num_compiled
 from engine.config import Device
 from engine.loader.converted_directory import config_fields
 from engine.model.expected_tensors import expected_tensors
+from serve_app.app import load_engine
 from serve_app.config import AppConfig
 from serve_app.ports import free_port
-from serve_app.serve_modes import switch_on
 
-PATIENCE_S = 500  # kernels may have to be compiled
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 4
 SETTLE_S = 5.0  # until the service rests
 errors = Console(stderr=True)
@@ -47,18 +44,13 @@ def write_model(shape: str, device: str, directory: Path) -> None:
     save_file({name: checkpoint.load(name).bfloat16().cpu() for name in names}, directory / "model.safetensors")
 
 
-def load_timed(directory: Path, config: AppConfig, report: Path) -> Any:
+def load_timed(config: AppConfig, report: Path) -> Any:
     """The engine. `report` then holds when that began and ended, by time.monotonic(), and the seconds of its phases."""
-    from engine.runner.start_up import Phase, StartUp
+    from engine.runner.start_up import StartUp
 
     began_s = time.monotonic()
     start_up = StartUp()
-    with start_up.phase(Phase.IMPORTS):
-        from engine.llm_engine import LLMEngine
-        from engine.loader.checkpoint import open_checkpoint
-    with start_up.phase(Phase.HEADERS):
-        checkpoint = open_checkpoint(directory)
-    engine = LLMEngine.from_checkpoint(checkpoint, config.engine_config(checkpoint.config), start_up)
+    engine = load_engine(config, start_up=start_up)
     ready_s = time.monotonic()
     phases = {f"{phase.name.lower()}_s": seconds for phase, seconds in start_up.seconds.items()}
     report.write_text(json.dumps({"began_s": began_s, "ready_s": ready_s, "phases": phases}))
@@ -74,7 +66,7 @@ def since(asked_s: float, report: Path) -> dict[str, float]:
 def run_engine(directory: Path, config: AppConfig, asked_s: float) -> dict[str, float]:
     """Of this process, which was asked for at `asked_s`."""
     report = directory / "report.json"
-    load_timed(directory, config, report)
+    load_timed(config.model_copy(update={"model": str(directory)}), report)
     return since(asked_s, report)
 
 
@@ -84,7 +76,8 @@ def run_service(directory: Path, shape: str, config: AppConfig) -> dict[str, flo
     report = directory / "report.json"
     report.unlink(missing_ok=True)
     port = free_port(HOST)
-    end = serve_it(shape, config, port, lambda _: load_timed(directory, config, report))
+    written = config.model_copy(update={"model": str(directory)})  # the ingress has the other one's tokenizer
+    end = serve_it(shape, config, port, lambda _: load_timed(written, report))
     clients = Clients(Traffic(port, SHAPES[shape].vocab_size, INPUT_TOKENS, OUTPUT_TOKENS), 1)
     try:
         time.sleep(SETTLE_S)
@@ -96,18 +89,6 @@ def run_service(directory: Path, shape: str, config: AppConfig) -> dict[str, flo
         end()
     first_s, next_s = (each.first_s - each.sent_s for each in (answer, warm))
     return {**since(answer.sent_s, report), "first_token_s": first_s, "next_first_token_s": next_s}
-
-
-def run_part(part: str, directory: Path) -> dict[str, float]:
-    """This command once more, for one part, in a process of its own. Serve reads its modes when it is imported."""
-    command = [sys.executable, "-m", "benchmarks.cold_start", *sys.argv[1:], "--part", part]
-    environment = dict(os.environ)
-    if part == "service":
-        errors.print(switch_on("auto", HOST, environment))
-    command += ["--directory", str(directory), "--asked-s", str(time.monotonic())]
-    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=PATIENCE_S)
-    seconds: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return seconds
 
 
 def main(
@@ -125,18 +106,19 @@ def main(
     if part == "engine":
         print(json.dumps(run_engine(directory, config, asked_s)), flush=True)
         return
-    if part == "service":
+    if part == SERVICE:
         print(json.dumps(run_service(directory, shape, config)), flush=True)
         return
     rows = []
     with TemporaryDirectory() as written:
         with errors.status("writing the model"):
             write_model(shape, device, Path(written))
-        for subject in ("engine", "service"):
+        for subject in ("engine", SERVICE):
             for repeat in range(repeats):
                 before = num_compiled() if device == "cuda" else 0
                 with errors.status(f"{subject}, start {repeat + 1} of {repeats}"):
-                    seconds = run_part(subject, Path(written))
+                    given = ("--directory", written, "--asked-s", str(time.monotonic()))
+                    seconds = run_part("benchmarks.cold_start", subject, *given)
                 cache = cache_state(before, num_compiled()) if device == "cuda" else "no Triton"
                 rows.append({"subject": subject, "start": repeat + 1, "triton_cache": cache, **seconds})
     hardware = hardware_name(Device(device))

@@ -6,8 +6,6 @@ share the machine. What the service adds shows in the ratio, and in the time to 
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.engine_runs import measure_throughput
 from benchmarks.hardware import hardware_name
+from benchmarks.parts import SERVICE, run_part
 from benchmarks.service_clients import HOST, Clients, Outcome, Traffic
 from benchmarks.shapes import SHAPES, RandomCheckpoint, ShapeName
 from engine.config import Device
@@ -29,13 +28,13 @@ from engine.request import SamplingParams
 from serve_app.app import bind, load_served_model, num_cpu_threads
 from serve_app.config import AppConfig, parse_config
 from serve_app.ports import free_port
-from serve_app.serve_modes import modes_of_this_process, switch_on
+from serve_app.serve_modes import modes_of_this_process
 
 if TYPE_CHECKING:
     from engine.llm_engine import LLMEngine
     from serve_app.draft_link import Resolve
 
-PART_TIMEOUT_S = 500
+MODULE = "benchmarks.service"
 REPEATS = 3  # of the requests that are there at once
 errors = Console(stderr=True)
 
@@ -119,16 +118,6 @@ def run_service(
     }
 
 
-def run_part(part: str) -> Any:
-    """This command once more, for one part, in a process of its own. Serve reads its modes when it is imported."""
-    command = [sys.executable, "-m", "benchmarks.service", *sys.argv[1:], "--part", part]
-    environment = dict(os.environ)
-    if part == "service":
-        errors.print(switch_on("auto", HOST, environment))
-    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=PART_TIMEOUT_S)
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def main(
     shape: ShapeName = "tinyllama-1.1b",
     streams: Annotated[int, typer.Option(help="requests at once, for the ratio")] = 64,
@@ -148,14 +137,14 @@ def main(
     if part == "engine":
         print(json.dumps(run_engine(shape, config, streams, input_tokens, output_tokens)), flush=True)
         return
-    if part == "service":
+    if part == SERVICE:
         options = {"saturating_streams": saturating_streams, "load": load, "seconds": seconds, "processes": processes}
         print(json.dumps(run_service(shape, config, options, streams, input_tokens, output_tokens)), flush=True)
         return
     with errors.status("the engine alone"):
-        alone = run_part("engine")
+        alone = run_part(MODULE, "engine")
     with errors.status("the whole service"):
-        service = run_part("service")
+        service = run_part(MODULE, SERVICE)
     hardware = hardware_name(Device(device))
     rows = rows_of(alone, service, streams, saturating_streams)
     Console().print(table_of(f"{shape} on {hardware}", rows))

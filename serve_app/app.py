@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from engine.llm_engine import LLMEngine
     from engine.loader.checkpoint import Checkpoint
+    from engine.runner.start_up import StartUp
     from engine.tokenizer import Tokenizer
     from serve_app.draft_link import Resolve
     from serve_app.draft_server import LoadedDraft
@@ -152,14 +153,16 @@ def check_draft_model(config: AppConfig, path: Path, target: "Checkpoint", token
         raise ConfigError(mismatch)
 
 
-def load_engine(config: AppConfig, find_drafts: "Resolve | None" = None) -> "LLMEngine":
+def load_engine(
+    config: AppConfig, find_drafts: "Resolve | None" = None, start_up: "StartUp | None" = None
+) -> "LLMEngine":
     """Runs in an engine replica, whose log says how far it is and where the memory goes.
 
-    find_drafts: where the draft replicas are, with speculative=remote.
+    find_drafts: where the draft replicas are, with speculative=remote. start_up: who hears of it in place of the log.
     """
     from engine.runner.start_up import LoggedStartUp, Phase
 
-    start_up = LoggedStartUp(_log_now)
+    start_up = start_up or LoggedStartUp(_log_now)
     with start_up.phase(Phase.IMPORTS):
         from engine.llm_engine import LLMEngine
         from engine.loader.checkpoint import open_checkpoint

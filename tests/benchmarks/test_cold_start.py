@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from benchmarks.history import read_results
 from benchmarks.service_clients import Answer
 from benchmarks.shapes import SHAPES
 from engine.loader.checkpoint import open_checkpoint
+
+LOADERS: list[Callable[[object], object]] = []
 
 
 class ScriptedClients:
@@ -32,9 +35,6 @@ class ScriptedClients:
         pass
 
 
-LOADERS: list = []
-
-
 def test_the_model_that_is_written_can_be_loaded(tmp_path: Path) -> None:
     cold_start.write_model("tiny", "cpu", tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -48,14 +48,12 @@ def test_from_arguments_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     application.command()(cold_start.main)
     options = ["--shape", "tiny", "--repeats", "2", "--results", str(tmp_path)]
 
-    def run_part(part: str, directory: Path) -> dict[str, float]:
-        asked_s = cold_start.time.monotonic()
-        given = ["--part", part, "--directory", str(directory), "--asked-s", str(asked_s)]
-        outcome = CliRunner().invoke(application, [*options, *given])
+    def run_part(_module: str, part: str, *given: str) -> dict[str, float]:
+        outcome = CliRunner().invoke(application, [*options, "--part", part, *given])
         assert outcome.exit_code == 0, outcome.output
         return json.loads(outcome.stdout.splitlines()[-1])
 
-    def serve_it(_shape: str, _config: object, _port: int, load: object) -> object:
+    def serve_it(_shape: str, _config: object, _port: int, load: Callable[[object], object]) -> Callable[[], None]:
         LOADERS.append(load)
         return lambda: None
 

@@ -127,7 +127,7 @@ def test_from_arguments_to_a_file(
     options += ["--input", "6", "--output", "4", "--processes", "1", "--argument", "max_num_seqs=4"]
     options += ["--results", str(tmp_path)]
 
-    def run_part(part: str) -> Any:
+    def run_part(_module: str, part: str) -> Any:
         outcome = CliRunner().invoke(application, [*options, "--part", part])
         assert outcome.exit_code == 0, outcome.output
         return json.loads(outcome.stdout.splitlines()[-1])
